@@ -147,7 +147,7 @@ def add_transformers(
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--random-model", is_flag=True, help="Random weights: needs no model file.")
 @click.option("--baseline/--no-baseline", default=True, help="Run transformers' generate too.")
-@click.option("--plot/--no-plot", default=True, help="Measure and draw the curves.")
+@click.option("--plot/--no-plot", default=True, help="Measure and draw 2 .. 2 x requests requests.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),

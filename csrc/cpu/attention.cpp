@@ -204,6 +204,38 @@ CacheView cache_view(const Tensor& cache) {
   return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
+// Dense units one KV head at a time; streaming units as many as leave two items to each thread.
+std::vector<AttentionItem> make_items(const AttentionProblem& problem, int64_t num_units,
+                                      int64_t threads) {
+  const int64_t group = problem.num_qo_heads / problem.num_kv_heads;
+  const auto streams = [&](const Unit& unit) {
+    for (int64_t s = unit.segment_begin; s < unit.segment_end; ++s) {
+      const Segment& segment = problem.segments[s];
+      if ((segment.row_end - segment.row_begin) * group > kMaxGemvRows) return false;
+    }
+    return true;
+  };
+  std::vector<char> streaming(num_units);
+  int64_t num_streaming = 0;
+  for (int64_t u = 0; u < num_units; ++u) {
+    streaming[u] = streams(problem.units[u]);
+    num_streaming += streaming[u];
+  }
+  // Where the heads of a token are not neighbours (HND), a head's tokens are.
+  const bool neighbours = problem.k.head_stride < problem.k.slot_stride;
+  int64_t heads = neighbours ? std::min(kMaxItemHeads, problem.num_kv_heads) : 1;
+  while (heads > 1 && (problem.num_kv_heads % heads != 0 ||
+                       num_streaming * (problem.num_kv_heads / heads) < 2 * threads)) {
+    --heads;
+  }
+  std::vector<AttentionItem> items;
+  for (int64_t u = 0; u < num_units; ++u) {
+    const int64_t step = streaming[u] ? heads : 1;
+    for (int64_t h = 0; h < problem.num_kv_heads; h += step) items.push_back({u, h, h + step});
+  }
+  return items;
+}
+
 // Calls f(item, thread) for every item, the threads taking the next one as they get free.
 template <typename F>
 void for_each_item(int64_t items, int64_t threads, const F& f) {
@@ -284,14 +316,15 @@ void cascade_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, std::vector
   }
 
   const AttentionKernel& kernel = *selected_kernel().load(std::memory_order_relaxed);
-  const int64_t items = view.header.num_units * num_kv_heads;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
-  if (items > 0) {
+  const int64_t max_threads = torch::stable::get_num_threads();
+  const std::vector<AttentionItem> items = make_items(problem, view.header.num_units, max_threads);
+  const int64_t num_items = static_cast<int64_t>(items.size());
+  const int64_t threads = std::min(max_threads, num_items);
+  if (num_items > 0) {
     const int64_t scratch_bytes = (kernel.scratch_bytes(problem) + 63) / 64 * 64;
     char* scratch = scratch_memory(scratch_bytes * threads);
-    for_each_item(items, threads, [&](int64_t item, int64_t thread) {
-      kernel.run_unit(problem, item / num_kv_heads, item % num_kv_heads,
-                      scratch + thread * scratch_bytes);
+    for_each_item(num_items, threads, [&](int64_t item, int64_t thread) {
+      kernel.run_item(problem, items[item], scratch + thread * scratch_bytes);
     });
   }
   if (partial_rows > 0) {

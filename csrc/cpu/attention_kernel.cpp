@@ -32,7 +32,6 @@ namespace {
 constexpr int64_t kMaxRows = 128;     // packed rows of one pass over the KV
 constexpr int64_t kDenseBlock = 128;  // KV tokens of a block
 constexpr int64_t kGemvBlock = 64;
-constexpr int64_t kMaxGemvRows = 8;
 // Odd numbers of cache lines, so that a column spreads over all sets of L1.
 constexpr int64_t kRowStride = kMaxRows + kLine;
 
@@ -118,18 +117,21 @@ struct Block {
 template <typename T, typename Units>
 class UnitPass {
  public:
-  UnitPass(const AttentionProblem& problem, int64_t unit, int64_t kv_head, void* memory)
+  UnitPass(const AttentionProblem& problem, const AttentionItem& item, void* memory)
       : problem_(problem),
-        unit_(problem.units[unit]),
+        unit_(problem.units[item.unit]),
         tile_(problem.tiles[unit_.tile]),
-        kv_head_(kv_head),
+        kv_head_(item.kv_head_begin),
+        num_heads_(item.kv_head_end - item.kv_head_begin),
         group_(problem.num_qo_heads / problem.num_kv_heads),
         scratch_(problem, memory) {}
 
   void run() {
     const int64_t rows = (tile_.row_end - tile_.row_begin) * group_;
-    for (pass_begin_ = 0; pass_begin_ < rows; pass_begin_ += kMaxRows) {
-      rows_ = min(kMaxRows, rows - pass_begin_);
+    max_rows_ = kMaxRows / num_heads_;
+    if (max_rows_ > group_) max_rows_ -= max_rows_ % group_;  // no token in two passes
+    for (pass_begin_ = 0; pass_begin_ < rows; pass_begin_ += max_rows_) {
+      rows_ = min(max_rows_, rows - pass_begin_);
       begin_pass();
       Block block, next;
       bool more = next_block(&block);
@@ -144,34 +146,41 @@ class UnitPass {
         if (block.dense) {
           run_dense(block, *here);
         } else {
-          run_gemv(block, *here);
+          for (int64_t head = 0; head < num_heads_; ++head) run_gemv(block, *here, head);
         }
         block = next;
         RowPointers<T>* swap = here;
         here = there;
         there = swap;
       }
-      for (int64_t i = 0; i < rows_; ++i) finish_row(i);
+      for (int64_t head = 0; head < num_heads_; ++head) {
+        for (int64_t i = 0; i < rows_; ++i) finish_row(head, i);
+      }
     }
   }
 
  private:
   int64_t token_of(int64_t row) const { return tile_.row_begin + (pass_begin_ + row) / group_; }
-  int64_t head_of(int64_t row) const { return kv_head_ * group_ + (pass_begin_ + row) % group_; }
+  int64_t qo_head_of(int64_t head, int64_t row) const {
+    return (kv_head_ + head) * group_ + (pass_begin_ + row) % group_;
+  }
 
   void begin_pass() {
     const int64_t head_dim = problem_.head_dim;
-    for (int64_t i = 0; i < rows_; ++i) {
-      const T* q = static_cast<const T*>(problem_.q) + token_of(i) * problem_.q_token_stride +
-                   head_of(i) * problem_.q_head_stride;
-      float* row = scratch_.q_rows + i * scratch_.q_stride;
-      for (int64_t u = 0; u < scratch_.q_stride; u += kLanes) {
-        store(row + u, load_units_first(q, u, head_dim));
+    for (int64_t head = 0; head < num_heads_; ++head) {
+      for (int64_t i = 0; i < rows_; ++i) {
+        const int64_t state = head * max_rows_ + i;
+        const T* q = static_cast<const T*>(problem_.q) + token_of(i) * problem_.q_token_stride +
+                     qo_head_of(head, i) * problem_.q_head_stride;
+        float* row = scratch_.q_rows + state * scratch_.q_stride;
+        for (int64_t u = 0; u < scratch_.q_stride; u += kLanes) {
+          store(row + u, load_units_first(q, u, head_dim));
+        }
+        scratch_.m[state] = -kInfinity;
+        scratch_.l[state] = 0.0f;
+        memset(scratch_.o + state * scratch_.o_stride, 0, scratch_.o_stride * sizeof(float));
       }
-      scratch_.m[i] = -kInfinity;
-      scratch_.l[i] = 0.0f;
     }
-    memset(scratch_.o, 0, rows_ * scratch_.o_stride * sizeof(float));
     has_columns_ = false;
     segment_ = unit_.segment_begin;
     position_ = -1;
@@ -416,13 +425,22 @@ class UnitPass {
 
   // --- gemv --------------------------------------------------------------------------------------
 
-  void run_gemv(const Block& block, const RowPointers<T>& located) {
+  void run_gemv(const Block& block, const RowPointers<T>& located, int64_t head) {
     constexpr int64_t kWidth = kLanes * Units::kPerUnit;
-    const T *k[kGemvBlock], *const *v = located.v;
-    const T* v_copies[kGemvBlock];
     const int64_t n = block.row_end - block.row_begin, count = block.count;
     const int64_t padded = round_up(count, kLanes);
-    for (int64_t j = 0; j < padded; ++j) k[j] = located.k[min(j, count - 1)];
+    const int64_t state = head * max_rows_ + block.row_begin;
+    const T *k[kGemvBlock], *v[kGemvBlock], *next_k[kGemvBlock], *next_v[kGemvBlock];
+    // For each row of this block one of the next block is prefetched, all heads of a token in turn.
+    int64_t ahead_token = head * count / num_heads_, ahead_head = head * count % num_heads_;
+    for (int64_t j = 0; j < padded; ++j) {
+      k[j] = located.k[min(j, count - 1)] + head * problem_.k.head_stride;
+      v[j] = located.v[min(j, count - 1)] + head * problem_.v.head_stride;
+      const bool any = j < count && ahead_token < next_count_;
+      next_k[j] = any ? next_rows_->k[ahead_token] + ahead_head * problem_.k.head_stride : k[j];
+      next_v[j] = any ? next_rows_->v[ahead_token] + ahead_head * problem_.v.head_stride : v[j];
+      if (++ahead_head == num_heads_) ahead_head = 0, ++ahead_token;
+    }
     if (problem_.head_dim % kWidth != 0) {
       // Rows that are no whole number of vectors are first copied and padded with zeros.
       const int64_t stride = round_up(problem_.head_dim, kWidth);
@@ -431,47 +449,44 @@ class UnitPass {
         memcpy(k_copy, k[j], problem_.head_dim * sizeof(T));
         memset(k_copy + problem_.head_dim, 0, (stride - problem_.head_dim) * sizeof(T));
         k[j] = k_copy;
-        if (j >= count) continue;
         memcpy(v_copy, v[j], problem_.head_dim * sizeof(T));
         memset(v_copy + problem_.head_dim, 0, (stride - problem_.head_dim) * sizeof(T));
-        v_copies[j] = v_copy;
+        v[j] = v_copy;
       }
-      v = v_copies;
     }
     for (int64_t j = 0; j < padded; j += kLanes) {
-      prefetch_next(kLanes);
       for (int64_t r = 0; r < n; r += kGemvRows) {
         qk_table<>::kTable[min(kGemvRows, n - r) - 1](
-            k + j, kLanes, scratch_.q_rows + (block.row_begin + r) * scratch_.q_stride,
-            scratch_.q_stride, scratch_.q_stride, problem_.scale_log2,
-            scratch_.s + r * kGemvBlock + j, kGemvBlock);
+            k + j, (r == 0 ? next_k : k) + j, kLanes,
+            scratch_.q_rows + (state + r) * scratch_.q_stride, scratch_.q_stride, scratch_.q_stride,
+            problem_.scale_log2, scratch_.s + r * kGemvBlock + j, kGemvBlock);
       }
     }
-    prefetch_next(next_count_);
     for (int64_t i = 0; i < n; ++i) scratch_.limits[i] = static_cast<int32_t>(count);
     if (block.masked) find_limits(block);
     for (int64_t r = 0; r < n; ++r) {
       softmax_row<Units>(scratch_.s + r * kGemvBlock, count, scratch_.limits[r],
-                         scratch_.pairs + r * kGemvBlock, scratch_.m[block.row_begin + r],
-                         scratch_.l[block.row_begin + r], scratch_.alpha[r]);
+                         scratch_.pairs + r * kGemvBlock, scratch_.m[state + r],
+                         scratch_.l[state + r], scratch_.alpha[r]);
     }
     // Rows that see the same tokens go together, up to kGemvRows.
     for (int64_t r = 0, end; r < n; r = end) {
       for (end = r + 1; end < min(n, r + kGemvRows); ++end) {
         if (scratch_.limits[end] != scratch_.limits[r]) break;
       }
-      float* o = scratch_.o + (block.row_begin + r) * scratch_.o_stride;
+      float* o = scratch_.o + (state + r) * scratch_.o_stride;
       for (int64_t c = 0; c < problem_.head_dim;) {
         const int64_t vectors = (problem_.head_dim - c + kLanes - 1) / kLanes;
         const int wide = vectors >= kGemvColumns ? kGemvColumns : vectors >= 2 ? 2 : 1;
-        pv(static_cast<int>(end - r), wide, r, v, c, scratch_.limits[r], o + c);
+        pv(static_cast<int>(end - r), wide, r, v, r == 0 ? next_v : v, c, scratch_.limits[r],
+           o + c);
         c += max(wide, Units::kPerUnit) * kLanes;
       }
     }
   }
 
-  using QkKernel = void (*)(const T* const*, int64_t, const float*, int64_t, int64_t, float, float*,
-                            int64_t);
+  using QkKernel = void (*)(const T* const*, const T* const*, int64_t, const float*, int64_t,
+                            int64_t, float, float*, int64_t);
   template <typename Rows = typename MakeIndices<kGemvRows>::type>
   struct qk_table;
   template <int... I>
@@ -480,18 +495,19 @@ class UnitPass {
   };
 
   template <int R = kGemvRows>
-  void pv(int rows, int columns, int64_t r, const T* const* v, int64_t c, int64_t n, float* o) {
+  void pv(int rows, int columns, int64_t r, const T* const* v, const T* const* next, int64_t c,
+          int64_t n, float* o) {
     if constexpr (R > 1) {
-      if (rows < R) return pv<R - 1>(rows, columns, r, v, c, n, o);
+      if (rows < R) return pv<R - 1>(rows, columns, r, v, next, c, n, o);
     }
     const auto call = [&](auto tag) {
       constexpr int C = decltype(tag)::value;
       if constexpr (Units::kPerUnit == 2) {
-        gemv_pv_pairs < R, C<2 ? 2 : C>(scratch_.pairs + r * kGemvBlock, kGemvBlock, v, c, n,
+        gemv_pv_pairs < R, C<2 ? 2 : C>(scratch_.pairs + r * kGemvBlock, kGemvBlock, v, next, c, n,
                                         scratch_.alpha + r, o, scratch_.o_stride);
       } else {
-        gemv_pv<T, R, C>(scratch_.s + r * kGemvBlock, kGemvBlock, v, c, n, scratch_.alpha + r, o,
-                         scratch_.o_stride);
+        gemv_pv<T, R, C>(scratch_.s + r * kGemvBlock, kGemvBlock, v, next, c, n, scratch_.alpha + r,
+                         o, scratch_.o_stride);
       }
     };
     if (columns == kGemvColumns) {
@@ -510,12 +526,13 @@ class UnitPass {
 
   // --- results -----------------------------------------------------------------------------------
 
-  void finish_row(int64_t i) {
-    const float l = scratch_.l[i];
-    const float lse = l == 0.0f ? -kInfinity : scratch_.m[i] + __builtin_log2f(l);
-    float scale = l == 0.0f ? 0.0f : 1.0f / l;
-    const float* o = scratch_.o + i * scratch_.o_stride;
-    const int64_t token = token_of(i), head = head_of(i);
+  void finish_row(int64_t kv_head, int64_t i) {
+    const int64_t state = kv_head * max_rows_ + i;
+    const float l = scratch_.l[state];
+    const float lse = l == 0.0f ? -kInfinity : scratch_.m[state] + __builtin_log2f(l);
+    const float scale = l == 0.0f ? 0.0f : 1.0f / l;
+    const float* o = scratch_.o + state * scratch_.o_stride;
+    const int64_t token = token_of(i), head = qo_head_of(kv_head, i);
     if (unit_.partial_row >= 0) {
       const int64_t row =
           (unit_.partial_row + token - tile_.row_begin) * problem_.num_qo_heads + head;
@@ -541,12 +558,14 @@ class UnitPass {
   const AttentionProblem& problem_;
   const Unit unit_;
   const Tile tile_;
-  const int64_t kv_head_;
+  const int64_t kv_head_;    // the first of num_heads_
+  const int64_t num_heads_;  // 1 where a segment is dense
   const int64_t group_;
   Scratch<T, Units> scratch_;
 
   int64_t pass_begin_ = 0;  // first packed row of the tile in this pass
-  int64_t rows_ = 0;
+  int64_t max_rows_ = 0;    // of a pass; state of head h, row i is number h * max_rows_ + i
+  int64_t rows_ = 0;        // of this pass
   bool has_columns_ = false;
   int64_t segment_ = 0;
   int64_t position_ = -1;  // next KV token of the segment, -1 before its first block
@@ -586,9 +605,9 @@ int64_t scratch_bytes(const AttentionProblem& problem) {
   return bytes;
 }
 
-void run_unit(const AttentionProblem& problem, int64_t unit, int64_t kv_head, void* scratch) {
+void run_item(const AttentionProblem& problem, const AttentionItem& item, void* scratch) {
   dispatch(problem.type, [&](auto tag, auto units) {
-    UnitPass<typename decltype(tag)::type, decltype(units)>(problem, unit, kv_head, scratch).run();
+    UnitPass<typename decltype(tag)::type, decltype(units)>(problem, item, scratch).run();
   });
 }
 
@@ -652,7 +671,7 @@ void clear_token(const AttentionProblem& problem, int64_t token) {
 namespace FLASHINFER_OPS_CAPABILITY {
 extern const AttentionKernel kAttentionKernel;
 const AttentionKernel kAttentionKernel = {FLASHINFER_OPS_STRING(FLASHINFER_OPS_CAPABILITY),
-                                          scratch_bytes, run_unit, merge_token, clear_token};
+                                          scratch_bytes, run_item, merge_token, clear_token};
 }  // namespace FLASHINFER_OPS_CAPABILITY
 
 }  // namespace flashinfer_ops

@@ -49,13 +49,25 @@ struct AttentionProblem {
   const int32_t* const* kv_indices;  // one array a level
 };
 
+// What one thread computes at a time: KV heads [kv_head_begin, kv_head_end) of a work unit. More
+// than one only where no segment has over kMaxGemvRows packed rows a head: such a unit streams its
+// KV, and memory likes the heads of a token, which are neighbours, read together.
+struct AttentionItem {
+  int64_t unit;
+  int64_t kv_head_begin;
+  int64_t kv_head_end;
+};
+
+constexpr int64_t kMaxGemvRows = 8;
+constexpr int64_t kMaxItemHeads = 8;
+
 // One instruction set's kernel. No function of it throws or allocates.
 struct AttentionKernel {
   const char* name;
   // Bytes of scratch, aligned to 64, that each thread running work units needs.
   int64_t (*scratch_bytes)(const AttentionProblem& problem);
-  // One (work unit, KV head) item: its rows' state goes to out and lse, or to the unit's partial.
-  void (*run_unit)(const AttentionProblem& problem, int64_t unit, int64_t kv_head, void* scratch);
+  // The state of an item's rows goes to out and lse, or to the unit's partial.
+  void (*run_item)(const AttentionProblem& problem, const AttentionItem& item, void* scratch);
   // Merges the partial states of one query token of a tile, all heads, in the order of the units.
   void (*merge_token)(const AttentionProblem& problem, int64_t tile, int64_t token);
   // Writes the empty state to one query token, all heads.

@@ -126,11 +126,13 @@ inline Vec load_units(const T* p) {
 }
 
 // s[r][j] = scale * sum_d q[r][d] k[j][d] for R <= 4 rows and tokens [0, n).
-//   k  one pointer a token; n is rounded up to kLanes, pointers past n repeat a valid row
+//   k     one pointer a token; n is rounded up to kLanes, pointers past n repeat a valid row
+//   next  rows to prefetch, one a token: one cache line for each that is read, since a burst of
+//         prefetches would stop the core until memory has answered
 //   depth, in units, is a multiple of kLanes
 template <typename Units, typename T, int R>
-void gemv_qk(const T* const* k, int64_t n, const float* q, int64_t q_stride, int64_t depth,
-             float scale, float* s, int64_t s_stride) {
+void gemv_qk(const T* const* k, const T* const* next, int64_t n, const float* q, int64_t q_stride,
+             int64_t depth, float scale, float* s, int64_t s_stride) {
   constexpr int kSlots = R == 3 ? 4 : R;
   constexpr int kTokens = kLanes / kSlots;
   for (int64_t j = 0; j < n; j += kTokens) {
@@ -142,6 +144,7 @@ void gemv_qk(const T* const* k, int64_t n, const float* q, int64_t q_stride, int
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) {
         const Vec y = load_units<Units>(k[j + t] + d * Units::kPerUnit);
+        prefetch(next[j + t] + d * Units::kPerUnit);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           acc[r * kTokens + t] = Units::multiply_add(acc[r * kTokens + t], x[r], y);
@@ -158,10 +161,10 @@ void gemv_qk(const T* const* k, int64_t n, const float* q, int64_t q_stride, int
 
 // o[r][c] = alpha[r] * o[r][c] + sum_j p[r][j] v[j][c], C vectors of head_dim, tokens [0, n).
 //   p  [R][p_stride] floats
-//   v  one pointer a token
+//   v, next  as k and next above
 template <typename T, int R, int C>
-void gemv_pv(const float* p, int64_t p_stride, const T* const* v, int64_t column, int64_t n,
-             const float* alpha, float* o, int64_t o_stride) {
+void gemv_pv(const float* p, int64_t p_stride, const T* const* v, const T* const* next,
+             int64_t column, int64_t n, const float* alpha, float* o, int64_t o_stride) {
   Vec acc[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -171,7 +174,10 @@ void gemv_pv(const float* p, int64_t p_stride, const T* const* v, int64_t column
   for (int64_t j = 0; j < n; ++j) {
     Vec x[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) x[c] = load(v[j] + column + c * kLanes);
+    for (int c = 0; c < C; ++c) {
+      x[c] = load(v[j] + column + c * kLanes);
+      prefetch(next[j] + column + c * kLanes);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec a = splat(p[r * p_stride + j]);
@@ -189,8 +195,9 @@ void gemv_pv(const float* p, int64_t p_stride, const T* const* v, int64_t column
 // The same for pairs: p [R][p_stride] bfloat16, C / 2 pieces of 32 columns. The last token of an
 // odd n is paired with zeros, not with whatever lies behind it.
 template <int R, int C>
-void gemv_pv_pairs(const uint16_t* p, int64_t p_stride, const BFloat16* const* v, int64_t column,
-                   int64_t n, const float* alpha, float* o, int64_t o_stride) {
+void gemv_pv_pairs(const uint16_t* p, int64_t p_stride, const BFloat16* const* v,
+                   const BFloat16* const* next, int64_t column, int64_t n, const float* alpha,
+                   float* o, int64_t o_stride) {
   Vec acc[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -203,6 +210,8 @@ void gemv_pv_pairs(const uint16_t* p, int64_t p_stride, const BFloat16* const* v
     for (int c = 0; c < C; c += 2) {
       const Vec a = load_units<PairUnits>(v[j] + column + c * kLanes);
       const Vec b = j + 1 < n ? load_units<PairUnits>(v[j + 1] + column + c * kLanes) : Vec{};
+      prefetch(next[j] + column + c * kLanes);
+      prefetch(next[j + 1] + column + c * kLanes);
       interleave_pairs(a, b, &x[c], &x[c + 1]);
     }
 #pragma GCC unroll 4

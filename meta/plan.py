@@ -1,0 +1,91 @@
+"""Schema and fake of the planner: from index arrays to a schedule of work units.
+
+The schedule is one int32 tensor whose size follows from the shapes of the index arrays alone, so
+that a plan can be made without reading them on the host, and made again into the same memory. Its
+layout is in `csrc/cpu/schedule.h`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._library import define, register_fake
+
+HEADER_WORDS = 16
+"""Words before the tables of the schedule."""
+BASE_TILES = 256
+"""A schedule has room for this many row tiles and one more for each group of the last level."""
+EXTRA_UNITS = 512
+"""A schedule has room for one unit a row tile, and for this many cuts of a tile's KV."""
+
+define(
+    "cascade_plan(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len,"
+    " int num_qo_heads, int num_kv_heads, int head_dim, int page_size, bool causal) -> Tensor"
+)
+
+
+@register_fake("cascade_plan")
+def _(
+    qo_indptr: Sequence[Tensor],
+    kv_indptr: Sequence[Tensor],
+    kv_last_page_len: Sequence[Tensor],
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    causal: bool,
+) -> Tensor:
+    _check_levels(qo_indptr, kv_indptr, kv_last_page_len)
+    size = schedule_size([t.shape[0] - 1 for t in kv_indptr])
+    return kv_indptr[0].new_empty((size,), dtype=torch.int32)
+
+
+define(
+    "cascade_plan.out(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len,"
+    " int num_qo_heads, int num_kv_heads, int head_dim, int page_size, bool causal,"
+    " Tensor(a!) schedule) -> ()"
+)
+
+
+@register_fake("cascade_plan.out")
+def _(
+    qo_indptr: Sequence[Tensor],
+    kv_indptr: Sequence[Tensor],
+    kv_last_page_len: Sequence[Tensor],
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    causal: bool,
+    schedule: Tensor,
+) -> None:
+    _check_levels(qo_indptr, kv_indptr, kv_last_page_len)
+    size = schedule_size([t.shape[0] - 1 for t in kv_indptr])
+    torch._check(schedule.dim() == 1 and schedule.dtype == torch.int32)
+    torch._check(schedule.shape[0] == size)
+
+
+def schedule_size(num_groups: Sequence[int]) -> int:
+    """Words of the schedule for levels of so many groups (the capacities, not the live counts).
+
+    The same sum as `ScheduleCapacity` in `csrc/cpu/plan.cpp`.
+    """
+    tiles = BASE_TILES + num_groups[-1]
+    units = tiles + EXTRA_UNITS
+    # Each group is one segment; each tile border splits one group a level, each cut one segment.
+    segments = sum(num_groups) + len(num_groups) * tiles + EXTRA_UNITS
+    return HEADER_WORDS + 4 * tiles + 4 * units + 8 * segments
+
+
+def _check_levels(
+    qo_indptr: Sequence[Tensor], kv_indptr: Sequence[Tensor], kv_last_page_len: Sequence[Tensor]
+) -> None:
+    torch._check(len(kv_indptr) > 0, lambda: "kv_indptr has no levels")
+    torch._check(len(qo_indptr) == len(kv_indptr) == len(kv_last_page_len))
+    for qo, kv, last in zip(qo_indptr, kv_indptr, kv_last_page_len, strict=True):
+        torch._check(qo.dim() == 1 and kv.dim() == 1 and last.dim() == 1)
+        torch._check(qo.shape[0] == kv.shape[0])
+        torch._check(last.shape[0] == kv.shape[0] - 1)
