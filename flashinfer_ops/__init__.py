@@ -1,0 +1,41 @@
+"""torch.compile-friendly operators for cascade attention, with FlashInfer's API."""
+
+from importlib.metadata import version as _version
+
+from . import meta, native, reference
+
+native.load("_C")
+reference.register()
+
+from . import cascade
+from .attention import cascade_attention
+from .cascade import (
+    BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+    BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
+    MultiLevelCascadeAttentionWrapper,
+    merge_state,
+    merge_state_in_place,
+    merge_states,
+    variable_length_merge_states,
+)
+from .page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
+from .plan import CascadePlan, plan_cascade
+
+__version__ = _version("flashinfer-ops")
+
+__all__ = [
+    "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",
+    "BatchPrefillWithSharedPrefixPagedKVCacheWrapper",
+    "CascadePlan",
+    "MultiLevelCascadeAttentionWrapper",
+    "append_paged_kv_cache",
+    "cascade",
+    "cascade_attention",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
+    "plan_cascade",
+    "variable_length_merge_states",
+]
