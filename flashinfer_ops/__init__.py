@@ -2,12 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import meta, native, reference
-
-native.load("_C")
-reference.register()
-
-from . import cascade
+from . import cascade, native, reference
 from .attention import cascade_attention
 from .cascade import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
@@ -22,6 +17,10 @@ from .page import append_paged_kv_cache, get_batch_indices_positions, get_seq_le
 from .plan import CascadePlan, plan_cascade
 
 __version__ = _version("flashinfer-ops")
+
+# The C++ kernels take the CPU, plain PyTorch any device that has no kernels of its own.
+native.load("_C")
+reference.register()
 
 __all__ = [
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",

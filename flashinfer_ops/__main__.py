@@ -1,4 +1,4 @@
-"""`python -m flashinfer_ops`: versions, devices, which kernel serves each operator, a self-check."""
+"""`python -m flashinfer_ops`: versions, devices, the kernel behind each operator, a self-check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
-from . import __version__, cascade_attention, meta, native, plan_cascade, reference
+from . import __version__, cascade_attention, native, plan_cascade, reference
+from .meta import NAMESPACE  # type: ignore[import-not-found]
 
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -24,7 +25,7 @@ def devices() -> list[torch.device]:
 def served_by(operator: str, device: torch.device) -> str:
     """Which kernel serves an operator on a device, and why."""
     key = _KEYS[device.type]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{meta.NAMESPACE}::{operator}", key):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key):
         return f"reference (plain PyTorch: no {key} kernel is registered)"
     return f"C++ from _C ({native.cpu_capability()}, the best this processor runs)"
 
@@ -32,8 +33,10 @@ def served_by(operator: str, device: torch.device) -> str:
 def self_check(device: torch.device, dtype: torch.dtype) -> float:
     """Largest relative error of a two-level cascade against the float64 oracle."""
     generator = torch.Generator().manual_seed(0)
-    index = lambda *x: torch.tensor(x, dtype=torch.int32, device=device)  # noqa: E731
-    heads = {"num_qo_heads": 6, "num_kv_heads": 2, "head_dim": 64, "page_size": 16}
+
+    def index(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
     q: Tensor = torch.randn(3, 6, 64, generator=generator).to(device, dtype)
     cache: Tensor = torch.randn(9, 2, 16, 2, 64, generator=generator).to(device, dtype)
     plan = plan_cascade(
@@ -41,7 +44,10 @@ def self_check(device: torch.device, dtype: torch.dtype) -> float:
         [index(0, 4), index(0, 1, 2, 4)],
         [index(7, 2, 5, 0), index(8, 1, 3, 6)],
         [index(11), index(16, 3, 1)],
-        **heads,
+        num_qo_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        page_size=16,
     )
     out, lse = cascade_attention(q, cache, plan)
     q64, cache64 = q.cpu().double(), cache.cpu().double()
@@ -58,12 +64,14 @@ def self_check(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def main() -> int:
-    print(f"flashinfer_ops {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    print(
+        f"flashinfer_ops {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    )
     print(f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads")
     operators = sorted(
-        name.removeprefix(f"{meta.NAMESPACE}::").removesuffix(".default")
+        name.removeprefix(f"{NAMESPACE}::").removesuffix(".default")
         for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith(f"{meta.NAMESPACE}::")
+        if name.startswith(f"{NAMESPACE}::")
     )
     failed = False
     for device in devices():

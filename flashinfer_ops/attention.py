@@ -102,9 +102,7 @@ def cascade_attention(
     return out, lse
 
 
-def _check_inputs(
-    q: Any, paged_kv_cache: Any, plan: Any, kv_layout: str
-) -> tuple[Tensor, Tensor]:
+def _check_inputs(q: Any, paged_kv_cache: Any, plan: Any, kv_layout: str) -> tuple[Tensor, Tensor]:
     if not isinstance(plan, CascadePlan):
         raise TypeError(f"plan is a {type(plan).__name__}, expected a CascadePlan")
     check_tensor("q", q, dim=3)

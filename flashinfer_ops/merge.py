@@ -38,9 +38,7 @@ _IN_PLACE_OMD = ("o", "m", "d", "o_other", "m_other", "d_other")
 
 
 @overload
-def merge_state(
-    v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor
-) -> tuple[Tensor, Tensor]: ...
+def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]: ...
 @overload
 def merge_state(
     o_a: Tensor, m_a: Tensor, d_a: Tensor, o_b: Tensor, m_b: Tensor, d_b: Tensor
@@ -241,9 +239,7 @@ def _bind(
         got = f"{len(positional)} positional arguments" + (
             f" and {', '.join(sorted(named))}" if named else ""
         )
-        raise TypeError(
-            f"{function} takes ({', '.join(short)}) or ({', '.join(long)}), got {got}"
-        )
+        raise TypeError(f"{function} takes ({', '.join(short)}) or ({', '.join(long)}), got {got}")
     return names, positional, mask
 
 
@@ -252,9 +248,7 @@ def _check_floating(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has dtype {value.dtype}, expected a floating dtype")
 
 
-def _check_state(
-    names: Sequence[str], state: Sequence[Any], like_name: str, like: Tensor
-) -> None:
+def _check_state(names: Sequence[str], state: Sequence[Any], like_name: str, like: Tensor) -> None:
     """One state: an output like `like`, `[n, h, d]`, and its `[n, h]` scalars."""
     name, v = names[0], state[0]
     check_tensor(name, v, dim=3)

@@ -60,9 +60,7 @@ class CascadePlan:
     sm_scale: float
 
 
-torch.export.register_dataclass(
-    CascadePlan, serialized_type_name="flashinfer_ops.CascadePlan"
-)
+torch.export.register_dataclass(CascadePlan, serialized_type_name="flashinfer_ops.CascadePlan")
 
 
 def plan_cascade(
@@ -93,7 +91,8 @@ def plan_cascade(
     Args:
         qo_indptr: `[groups + 1]` int32 each: group g of the level has the query rows
             `qo_indptr[g]` to `qo_indptr[g + 1] - 1`.
-        kv_indptr: `[groups + 1]` int32 each: its pages are `kv_indices[kv_indptr[g]:kv_indptr[g + 1]]`.
+        kv_indptr: `[groups + 1]` int32 each: its pages are `kv_indices[kv_indptr[g]]` to
+            `kv_indices[kv_indptr[g + 1] - 1]`.
         kv_indices: `[pages]` int32 each: page numbers in the cache, in the order of the tokens.
         kv_last_page_len: `[groups]` int32 each: tokens in the last page, 1 to `page_size`. A group
             without pages has length 0.
@@ -194,7 +193,8 @@ def make_plan(
     schedule = _ops.cascade_plan.default(buffers[0], buffers[1], buffers[3], *shape)
     if not torch.compiler.is_compiling():
         torch._dynamo.maybe_mark_dynamic(schedule, 0)
-    return CascadePlan(*buffers, schedule, **numbers)
+    qo, kv, indices, last = buffers
+    return CascadePlan(qo, kv, indices, last, schedule, **numbers)
 
 
 def fits(arrays: tuple[Sequence[Tensor], ...], plan: CascadePlan) -> bool:

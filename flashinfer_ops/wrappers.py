@@ -268,12 +268,12 @@ class MultiLevelCascadeAttentionWrapper:
                 )
             levels = levels or len(buffers)
             if len(buffers) != levels:
-                raise ValueError(f"{name} has {len(buffers)} buffers, expected {levels}, one a level")
+                raise ValueError(
+                    f"{name} has {len(buffers)} buffers, expected {levels}, one a level"
+                )
             for level, buffer in enumerate(buffers):
                 check_index(f"{name}[{level}]", buffer)
-                check_device(
-                    f"{name}[{level}]", buffer, self._device, "float_workspace_buffer"
-                )
+                check_device(f"{name}[{level}]", buffer, self._device, "float_workspace_buffer")
         qo, kv, indices, last = (list(buffers or ()) for buffers in named.values())
         for level in range(len(qo)):
             groups = qo[level].shape[0] - 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import define, register_fake
+from ._library import check, check_shape, define, register_fake
 
 _INPUTS = (
     "Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] qo_indptr, Tensor[] kv_indptr,"
@@ -57,12 +57,10 @@ def _(
     lse: Tensor,
 ) -> None:
     _check_inputs(q, k_cache, v_cache, qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
-    torch._check(out.dim() == 3 and out.dtype == q.dtype)
-    torch._check(lse.dim() == 2 and lse.dtype == torch.float32)
-    for dim in range(3):
-        torch._check(out.shape[dim] == q.shape[dim])
-    for dim in range(2):
-        torch._check(lse.shape[dim] == q.shape[dim])
+    check_shape("out", out, q.shape)
+    check_shape("lse", lse, q.shape[:2])
+    check(out.dtype == q.dtype, "out and q differ in dtype")
+    check(lse.dtype == torch.float32, "lse is not float32")
 
 
 def _check_inputs(
@@ -74,15 +72,13 @@ def _check_inputs(
     kv_indices: Sequence[Tensor],
     kv_last_page_len: Sequence[Tensor],
 ) -> None:
-    torch._check(q.dim() == 3, lambda: f"q has {q.dim()} dimensions, expected 3")
-    torch._check(k_cache.dim() == 4, lambda: f"k_cache has {k_cache.dim()} dimensions, expected 4")
-    torch._check(q.dtype == k_cache.dtype and k_cache.dtype == v_cache.dtype)
-    for dim in range(4):
-        torch._check(k_cache.shape[dim] == v_cache.shape[dim])
-    torch._check(q.shape[2] == k_cache.shape[3])
-    torch._check(q.shape[1] % k_cache.shape[2] == 0)
-    torch._check(len(kv_indptr) > 0, lambda: "kv_indptr has no levels")
-    torch._check(
+    check_shape("q", q, (None, None, None))
+    check_shape("k_cache", k_cache, (None, None, None, q.shape[2]))
+    check_shape("v_cache", v_cache, k_cache.shape)
+    check(q.dtype == k_cache.dtype == v_cache.dtype, "q, k_cache and v_cache differ in dtype")
+    check(q.shape[1] % k_cache.shape[2] == 0, "q's heads are no multiple of k_cache's")
+    check(len(kv_indptr) > 0, "kv_indptr has no levels")
+    check(
         len(qo_indptr) == len(kv_indptr) == len(kv_indices) == len(kv_last_page_len),
-        lambda: "the index arrays differ in their number of levels",
+        "the index arrays differ in their number of levels",
     )

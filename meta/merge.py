@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import define, register_fake
+from ._library import check, check_shape, define, register_fake
 
 define("merge_state(Tensor v_a, Tensor s_a, Tensor v_b, Tensor s_b) -> (Tensor v, Tensor s)")
 
@@ -26,9 +26,7 @@ define(
 def _(
     o_a: Tensor, m_a: Tensor, d_a: Tensor, o_b: Tensor, m_b: Tensor, d_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_states(
-        {"o_a": o_a, "o_b": o_b}, {"m_a": m_a, "d_a": d_a, "m_b": m_b, "d_b": d_b}
-    )
+    _check_states({"o_a": o_a, "o_b": o_b}, {"m_a": m_a, "d_a": d_a, "m_b": m_b, "d_b": d_b})
     return (
         o_a.new_empty(o_a.shape),
         m_a.new_empty(m_a.shape, dtype=torch.float32),
@@ -75,10 +73,8 @@ define("merge_states(Tensor v, Tensor s) -> (Tensor v_merged, Tensor s_merged)")
 
 @register_fake("merge_states")
 def _(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    torch._check(v.dim() == 4, lambda: f"v has {v.dim()} dimensions, expected 4")
-    torch._check(s.dim() == 3, lambda: f"s has {s.dim()} dimensions, expected 3")
-    for dim in range(3):
-        torch._check(s.shape[dim] == v.shape[dim])
+    check_shape("v", v, (None, None, None, None))
+    check_shape("s", s, v.shape[:3])
     n, _num_states, h, d = v.shape
     return v.new_empty((n, h, d)), s.new_empty((n, h), dtype=torch.float32)
 
@@ -88,10 +84,8 @@ define("merge_states.list(Tensor[] v, Tensor[] s) -> (Tensor v_merged, Tensor s_
 
 @register_fake("merge_states.list")
 def _(v: list[Tensor], s: list[Tensor]) -> tuple[Tensor, Tensor]:
-    torch._check(len(v) == len(s) and len(v) > 0)
-    _check_states(
-        {f"v[{i}]": t for i, t in enumerate(v)}, {f"s[{i}]": t for i, t in enumerate(s)}
-    )
+    check(len(v) == len(s) > 0, "v and s differ in their number of states, or have none")
+    _check_states({f"v[{i}]": t for i, t in enumerate(v)}, {f"s[{i}]": t for i, t in enumerate(s)})
     return v[0].new_empty(v[0].shape), s[0].new_empty(s[0].shape, dtype=torch.float32)
 
 
@@ -103,7 +97,7 @@ define(
 @register_fake("merge_states.ragged")
 def _(v: Tensor, s: Tensor, indptr: Tensor) -> tuple[Tensor, Tensor]:
     _check_states({"v": v}, {"s": s})
-    torch._check(indptr.dim() == 1)
+    check_shape("indptr", indptr, (None,))
     n = indptr.shape[0] - 1
     _nnz, h, d = v.shape
     return v.new_empty((n, h, d)), s.new_empty((n, h), dtype=torch.float32)
@@ -114,18 +108,11 @@ def _check_states(
 ) -> None:
     """Outputs are `[n, h, d]` of one dtype, lse (or m and d) `[n, h]`, the mask `[n]`."""
     first_name, first = next(iter(outputs.items()))
-    torch._check(
-        first.dim() == 3, lambda: f"{first_name} has {first.dim()} dimensions, expected 3"
-    )
+    check_shape(first_name, first, (None, None, None))
     for name, t in outputs.items():
-        torch._check(t.dim() == 3, lambda: f"{name} has {t.dim()} dimensions, expected 3")
-        torch._check(t.dtype == first.dtype, lambda: f"{name} and {first_name} differ in dtype")
-        for dim in range(3):
-            torch._check(t.shape[dim] == first.shape[dim])
+        check_shape(name, t, first.shape)
+        check(t.dtype == first.dtype, f"{name} and {first_name} differ in dtype")
     for name, t in scalars.items():
-        torch._check(t.dim() == 2, lambda: f"{name} has {t.dim()} dimensions, expected 2")
-        torch._check(t.shape[0] == first.shape[0])
-        torch._check(t.shape[1] == first.shape[1])
+        check_shape(name, t, first.shape[:2])
     if mask is not None:
-        torch._check(mask.dim() == 1)
-        torch._check(mask.shape[0] == first.shape[0])
+        check_shape("mask", mask, first.shape[:1])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ._library import define, register_fake
+from ._library import check_shape, define, register_fake
 
 define(
     "append_paged_kv_cache_(Tensor append_key, Tensor append_value, Tensor batch_indices,"
@@ -25,14 +24,11 @@ def _(
     kv_indices: Tensor,
     kv_indptr: Tensor,
 ) -> None:
-    torch._check(k_cache.dim() == 4, lambda: "k_cache is not 4-D")
-    torch._check(append_key.dim() == 3, lambda: "append_key is not 3-D")
-    for dim in range(4):
-        torch._check(k_cache.shape[dim] == v_cache.shape[dim])
-    for dim in range(3):
-        torch._check(append_key.shape[dim] == append_value.shape[dim])
-    for dim in (1, 2):
-        torch._check(append_key.shape[dim] == k_cache.shape[dim + 1])
-    for index in (batch_indices, positions):
-        torch._check(index.dim() == 1 and index.shape[0] == append_key.shape[0])
-    torch._check(kv_indices.dim() == 1 and kv_indptr.dim() == 1)
+    check_shape("k_cache", k_cache, (None, None, None, None))
+    check_shape("v_cache", v_cache, k_cache.shape)
+    check_shape("append_key", append_key, (None, *k_cache.shape[2:]))
+    check_shape("append_value", append_value, append_key.shape)
+    check_shape("batch_indices", batch_indices, append_key.shape[:1])
+    check_shape("positions", positions, append_key.shape[:1])
+    check_shape("kv_indices", kv_indices, (None,))
+    check_shape("kv_indptr", kv_indptr, (None,))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._library import define, register_fake
+from ._library import check, check_shape, define, register_fake
 
 HEADER_WORDS = 16
 """Words before the tables of the schedule."""
@@ -64,8 +64,8 @@ def _(
 ) -> None:
     _check_levels(qo_indptr, kv_indptr, kv_last_page_len)
     size = schedule_size([t.shape[0] - 1 for t in kv_indptr])
-    torch._check(schedule.dim() == 1 and schedule.dtype == torch.int32)
-    torch._check(schedule.shape[0] == size)
+    check_shape("schedule", schedule, (size,))
+    check(schedule.dtype == torch.int32, "schedule is not int32")
 
 
 def schedule_size(num_groups: Sequence[int]) -> int:
@@ -83,9 +83,12 @@ def schedule_size(num_groups: Sequence[int]) -> int:
 def _check_levels(
     qo_indptr: Sequence[Tensor], kv_indptr: Sequence[Tensor], kv_last_page_len: Sequence[Tensor]
 ) -> None:
-    torch._check(len(kv_indptr) > 0, lambda: "kv_indptr has no levels")
-    torch._check(len(qo_indptr) == len(kv_indptr) == len(kv_last_page_len))
+    check(len(kv_indptr) > 0, "kv_indptr has no levels")
+    check(
+        len(qo_indptr) == len(kv_indptr) == len(kv_last_page_len),
+        "the index arrays differ in their number of levels",
+    )
     for qo, kv, last in zip(qo_indptr, kv_indptr, kv_last_page_len, strict=True):
-        torch._check(qo.dim() == 1 and kv.dim() == 1 and last.dim() == 1)
-        torch._check(qo.shape[0] == kv.shape[0])
-        torch._check(last.shape[0] == kv.shape[0] - 1)
+        check_shape("kv_indptr", kv, (None,))
+        check_shape("qo_indptr", qo, kv.shape)
+        check_shape("kv_last_page_len", last, (kv.shape[0] - 1,))

@@ -161,7 +161,7 @@ void gemv_qk(const T* const* k, const T* const* next, int64_t n, const float* q,
 
 // o[r][c] = alpha[r] * o[r][c] + sum_j p[r][j] v[j][c], C vectors of head_dim, tokens [0, n).
 //   p  [R][p_stride] floats
-//   v, next  as k and next above
+//   v, next  as k and next above; next is not moved by column
 template <typename T, int R, int C>
 void gemv_pv(const float* p, int64_t p_stride, const T* const* v, const T* const* next,
              int64_t column, int64_t n, const float* alpha, float* o, int64_t o_stride) {
@@ -176,7 +176,7 @@ void gemv_pv(const float* p, int64_t p_stride, const T* const* v, const T* const
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       x[c] = load(v[j] + column + c * kLanes);
-      prefetch(next[j] + column + c * kLanes);
+      prefetch(next[j] + c * kLanes);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -210,8 +210,8 @@ void gemv_pv_pairs(const uint16_t* p, int64_t p_stride, const BFloat16* const* v
     for (int c = 0; c < C; c += 2) {
       const Vec a = load_units<PairUnits>(v[j] + column + c * kLanes);
       const Vec b = j + 1 < n ? load_units<PairUnits>(v[j + 1] + column + c * kLanes) : Vec{};
-      prefetch(next[j] + column + c * kLanes);
-      prefetch(next[j + 1] + column + c * kLanes);
+      prefetch(next[j] + c * kLanes);
+      prefetch(next[j + 1] + c * kLanes);
       interleave_pairs(a, b, &x[c], &x[c + 1]);
     }
 #pragma GCC unroll 4

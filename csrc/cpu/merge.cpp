@@ -1,20 +1,20 @@
 // Merging attention states: (v, s) with a base-2 log-sum-exp s, or (o, m, d) with s = m + log2(d).
 //
 //   s = log2(sum_k 2^s_k)            v = sum_k 2^(s_k - s) v_k
-//   m = max_k m_k                    d = sum_k d_k 2^(m_k - m)      o = sum_k d_k 2^(m_k - m) o_k / d
+//   m = max_k m_k                    d = sum_k d_k 2^(m_k - m)      o = sum_k d_k 2^(m_k - m) o_k /
+//   d
 //
 // v, o: [n, h, d] of float32, float16 or bfloat16, any strides; s, m, d: [n, h], computed in
 // float32. An empty state (s = -inf; d = 0 or m = -inf) has weight zero and is the exact identity:
-// what its v holds, NaN included, never enters. All states empty: v = 0, s = -inf (m = -inf, d = 0).
-// One row is one (token, head) pair; rows are dealt to the threads in contiguous ranges.
-#include "cpu/merge_kernel.h"
-
+// what its v holds, NaN included, never enters. All states empty: v = 0, s = -inf (m = -inf, d =
+// 0). One row is one (token, head) pair; rows are dealt to the threads in contiguous ranges.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string_view>
 
 #include "common/stable.h"
+#include "cpu/merge_kernel.h"
 
 extern "C" const char* flashinfer_ops_cpu_capability();
 
@@ -43,8 +43,8 @@ constexpr int64_t kGrainElements = 32768;  // elements a thread should at least 
 const MergeKernel& merge_kernel() {
   const std::string_view capability = flashinfer_ops_cpu_capability();
 #ifdef FLASHINFER_OPS_X86_KERNELS
-  for (const MergeKernel* kernel : {&avx512_bf16::kMergeKernel, &avx512::kMergeKernel,
-                                    &avx2::kMergeKernel}) {
+  for (const MergeKernel* kernel :
+       {&avx512_bf16::kMergeKernel, &avx512::kMergeKernel, &avx2::kMergeKernel}) {
     if (capability == kernel->name) return *kernel;
   }
 #endif
@@ -89,7 +89,9 @@ struct Scalars {
   int64_t head_stride;
 
   explicit Scalars(const Tensor& t)
-      : data(static_cast<float*>(t.data_ptr())), token_stride(t.stride(0)), head_stride(t.stride(1)) {}
+      : data(static_cast<float*>(t.data_ptr())),
+        token_stride(t.stride(0)),
+        head_stride(t.stride(1)) {}
 
   float& at(int64_t token, int64_t head) const {
     return data[token * token_stride + head * head_stride];
@@ -161,7 +163,8 @@ void for_each_row(int64_t num_tokens, int64_t num_heads, int64_t row_elements, c
   });
 }
 
-void check_state(const Tensor& v, const Tensor& like, std::initializer_list<const Tensor*> scalars) {
+void check_state(const Tensor& v, const Tensor& like,
+                 std::initializer_list<const Tensor*> scalars) {
   STD_TORCH_CHECK(like.dim() == 3, "a state's output has ", like.dim(), " dimensions, expected 3");
   check_sizes(v, {like.size(0), like.size(1), like.size(2)}, "a state's output");
   check_dtype(v, like.scalar_type(), "a state's output");
@@ -177,9 +180,9 @@ struct TokenMask {
 
   TokenMask(const std::optional<Tensor>& mask, int64_t num_tokens) {
     if (!mask.has_value()) return;
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool ||
-                        mask->scalar_type() == ScalarType::Byte,
-                    "mask has dtype ", toString(mask->scalar_type()), ", expected bool or uint8");
+    STD_TORCH_CHECK(
+        mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == ScalarType::Byte,
+        "mask has dtype ", toString(mask->scalar_type()), ", expected bool or uint8");
     check_sizes(*mask, {num_tokens}, "mask");
     data = static_cast<const uint8_t*>(mask->data_ptr());
     stride = mask->stride(0);

@@ -2,8 +2,8 @@
 //
 //   out[i] = sum over k of weights[k] * rows[k][i],   i in [0, dim)
 //
-// in float32. A row of weight zero is left out, not multiplied, so its NaN or inf stays out; with no
-// row left the sum is zero. `out` may be one of the rows.
+// in float32. A row of weight zero is left out, not multiplied, so its NaN or inf stays out; with
+// no row left the sum is zero. `out` may be one of the rows.
 #pragma once
 
 #include <cstdint>

@@ -82,7 +82,8 @@ void append_paged_kv_cache_(const Tensor& append_key_in, const Tensor& append_va
     const int64_t from_token = source.stride(0) * item, from_head = source.stride(1) * item;
     const int64_t to_page = cache.stride(0) * item, to_slot = cache.stride(1) * item,
                   to_head = cache.stride(2) * item;
-    const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, num_heads * row_bytes));
+    const int64_t grain =
+        std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, num_heads * row_bytes));
     torch::stable::parallel_for(0, nnz, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (targets[i].page < 0) continue;

@@ -2,8 +2,8 @@
 //
 // The query rows are cut into tiles of about kTileRows packed rows, and one unit walks the KV of
 // every level that its tile's rows see: a shared piece of KV is read once for a whole tile, and no
-// partial states arise. Where that gives the threads too few or too uneven units, a tile's KV is cut
-// into several units of about equal cost, whose partial states are merged.
+// partial states arise. Where that gives the threads too few or too uneven units, a tile's KV is
+// cut into several units of about equal cost, whose partial states are merged.
 //
 //   cost of a segment, for one KV head = KV tokens * (kKvTokenCost + packed rows)
 //
@@ -57,8 +57,9 @@ void check_indptr(const int32_t* indptr, int64_t num_groups, const char* name, s
   STD_TORCH_CHECK(indptr[0] >= 0, name, "[", level, "] starts at ", indptr[0],
                   ", expected 0 or more");
   for (int64_t g = 0; g < num_groups; ++g) {
-    STD_TORCH_CHECK(indptr[g] <= indptr[g + 1], name, "[", level, "] must not decrease, but goes from ",
-                    indptr[g], " to ", indptr[g + 1], " at ", g);
+    STD_TORCH_CHECK(indptr[g] <= indptr[g + 1], name, "[", level,
+                    "] must not decrease, but goes from ", indptr[g], " to ", indptr[g + 1], " at ",
+                    g);
   }
 }
 
@@ -258,8 +259,8 @@ void cascade_plan_out(const std::vector<Tensor>& qo_indptr, const std::vector<Te
                       int64_t num_kv_heads, int64_t head_dim, int64_t page_size, bool causal,
                       const Tensor& schedule) {
   STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0,
-                  "num_qo_heads is ", num_qo_heads, ", expected a multiple of num_kv_heads = ",
-                  num_kv_heads);
+                  "num_qo_heads is ", num_qo_heads,
+                  ", expected a multiple of num_kv_heads = ", num_kv_heads);
   STD_TORCH_CHECK(page_size > 0, "page_size is ", page_size, ", expected 1 or more");
   std::vector<Level> levels = host_levels(qo_indptr, kv_indptr, kv_last_page_len, page_size);
   const ScheduleCapacity capacity(kv_indptr);
