@@ -1,4 +1,4 @@
-"""Draw the figures of the tutorial: `python docs/figures/make.py` writes the SVG files beside it."""
+"""Draw the tutorial's figures: `python docs/figures/make.py` writes the SVG files beside it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 LEVEL_COLOURS = ("#1b6ca8", "#1f7a70", "#b5651d")
 INK, PAPER = "#22303c", "#ffffff"
 
-# The example of the tutorial: for each level (first row, end row, page numbers, tokens in the last).
+# The tutorial's example: for each level (first row, end row, page numbers, tokens in the last).
 PAGE_SIZE = 16
 LEVELS = [
     [(0, 4, [4, 0, 9], 8)],
