@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import cascade, native, reference
+from . import cascade, meta, native, reference  # noqa: F401 (meta: the schemas)
 from .attention import cascade_attention
 from .cascade import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,

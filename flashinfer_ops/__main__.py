@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, cascade_attention, native, plan_cascade, reference
-from .meta import NAMESPACE  # type: ignore[import-not-found]
+from .meta import NAMESPACE
 
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -51,12 +51,22 @@ def self_check(device: torch.device, dtype: torch.dtype) -> float:
     )
     out, lse = cascade_attention(q, cache, plan)
     q64, cache64 = q.cpu().double(), cache.cpu().double()
-    arrays = [
-        [t.cpu() for t in level]
-        for level in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices, plan.kv_last_page_len)
-    ]
+    qo, kv, indices, last = (
+        [t.cpu() for t in arrays]
+        for arrays in (plan.qo_indptr, plan.kv_indptr, plan.kv_indices, plan.kv_last_page_len)
+    )
     wanted, wanted_lse = reference.cascade_attention(
-        q64, cache64[:, 0], cache64[:, 1], *arrays, plan.schedule.cpu(), False, plan.sm_scale, 1.0
+        q64,
+        cache64[:, 0],
+        cache64[:, 1],
+        qo,
+        kv,
+        indices,
+        last,
+        plan.schedule.cpu(),
+        False,
+        plan.sm_scale,
+        1.0,
     )
     error = (out.cpu().double() - wanted).norm() / wanted.norm()
     lse_error = (lse.cpu().double() - wanted_lse).abs().max()
