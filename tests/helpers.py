@@ -1,0 +1,154 @@
+"""Forests of shared KV, drawn at random with poison where nothing may be read; and the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashinfer_ops.reference import attention as reference_attention
+
+# Relative error ||out - oracle|| / ||oracle|| allowed for a dtype, and absolute error of an lse.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+LSE_TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def int32(*values: int, device: str = "cpu") -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    assert actual.shape == expected.shape
+    if expected.numel() == 0:
+        return 0.0
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def assert_lse_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(
+        actual.cpu().double(), expected.cpu().double(), atol=tolerance, rtol=1e-6
+    )
+
+
+@dataclass
+class Forest:
+    """A batch of cascade attention: index arrays, a paged cache in NHD views, and queries."""
+
+    qo_indptr: list[Tensor]
+    kv_indptr: list[Tensor]
+    kv_indices: list[Tensor]
+    kv_last_page_len: list[Tensor]
+    cache: Tensor  # [pages, 2, page_size, num_kv_heads, head_dim], NaN in every dead slot
+    q: Tensor  # [tokens, num_qo_heads, head_dim]
+    page_size: int
+
+    @property
+    def arrays(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        return self.qo_indptr, self.kv_indptr, self.kv_indices, self.kv_last_page_len
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        return {
+            "num_qo_heads": self.q.shape[1],
+            "num_kv_heads": self.cache.shape[3],
+            "head_dim": self.q.shape[2],
+            "page_size": self.page_size,
+        }
+
+    def cache_as(self, kv_layout: str, as_tuple: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The cache in a layout, and as one tensor or two that do not lie beside each other."""
+        cache = self.cache if kv_layout == "NHD" else self.cache.transpose(2, 3).contiguous()
+        return (cache[:, 0].contiguous(), cache[:, 1].contiguous()) if as_tuple else cache
+
+    def oracle(
+        self, causal: bool = False, sm_scale: float | None = None, v_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Output and lse in float64."""
+        q, cache = self.q.cpu().double(), self.cache.cpu().double()
+        arrays = [[t.cpu() for t in level] for level in self.arrays]
+        scale = q.shape[2] ** -0.5 if sm_scale is None else sm_scale
+        schedule = torch.empty(0)
+        return reference_attention.cascade_attention(
+            q, cache[:, 0], cache[:, 1], *arrays, schedule, causal, scale, v_scale
+        )
+
+
+def random_forest(
+    seed: int,
+    *,
+    num_levels: int,
+    num_requests: int,
+    num_qo_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    page_size: int = 16,
+    max_kv_len: int = 70,
+    max_qo_len: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    nested: bool = True,
+    extra_rows: int = 0,
+) -> Forest:
+    """Draw a forest. The last level's groups are the requests, `max_qo_len` rows each at most.
+
+    One group in six has no KV, one request in eight no rows. With `nested`, the groups of a level
+    are unions of groups of the next; otherwise each level cuts the rows where it likes. The last
+    `extra_rows` rows of q belong to no request.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, size: int) -> Tensor:
+        return torch.randint(low, high + 1, (size,), generator=g)
+
+    rows = draw(1, max_qo_len, num_requests) * (draw(0, 7, num_requests) > 0)
+    borders = torch.cat([torch.zeros(1, dtype=torch.long), rows.cumsum(0)])
+    tokens = int(borders[-1])
+    levels = [borders]
+    for _ in range(num_levels - 1):
+        if nested:  # some of the borders below
+            inner = levels[0][1:-1]
+            inner = inner[torch.rand(len(inner), generator=g) < 0.4]
+        else:
+            inner = draw(0, tokens, int(draw(0, 4, 1))).sort().values
+        levels.insert(0, torch.cat([borders[:1], inner, borders[-1:]]))
+
+    lengths = [
+        draw(1, max_kv_len, len(level) - 1) * (draw(0, 5, len(level) - 1) > 0) for level in levels
+    ]
+    pages = [(length + page_size - 1) // page_size for length in lengths]
+    total = int(sum(int(p.sum()) for p in pages))
+    order = torch.randperm(total + 3, generator=g)  # three pages stay unused
+    cache = torch.randn(
+        total + 3, 2, page_size, num_kv_heads, head_dim, generator=g, dtype=torch.float32
+    )
+    live = torch.zeros(total + 3, page_size, dtype=torch.bool)
+    kv_indptr, kv_indices, last_page_len, used = [], [], [], 0
+    for length, count in zip(lengths, pages, strict=True):
+        indices = order[used : used + int(count.sum())]
+        used += int(count.sum())
+        indptr = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
+        last = torch.where(count > 0, length - (count - 1) * page_size, draw(0, 9, len(count)))
+        live[indices] = True
+        for group in range(len(count)):
+            if count[group] > 0:
+                live[indices[indptr[group + 1] - 1], last[group] :] = False
+        kv_indptr.append(indptr)
+        kv_indices.append(indices)
+        last_page_len.append(last)
+    cache.permute(0, 2, 1, 3, 4)[~live] = float("nan")
+    q = torch.randn(tokens + extra_rows, num_qo_heads, head_dim, generator=g)
+
+    def move(arrays: list[Tensor]) -> list[Tensor]:
+        return [t.to(device, torch.int32) for t in arrays]
+
+    return Forest(
+        move(levels),
+        move(kv_indptr),
+        move(kv_indices),
+        move(last_page_len),
+        cache.to(device, dtype),
+        q.to(device, dtype),
+        page_size,
+    )
