@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from helpers import LSE_TOLERANCE, TOLERANCE, assert_lse_close, int32, random_forest, relative_error
 from torch import Tensor
 
 import flashinfer_ops
-from helpers import LSE_TOLERANCE, TOLERANCE, assert_lse_close, int32, random_forest, relative_error
 
 MultiLevel = flashinfer_ops.MultiLevelCascadeAttentionWrapper
 Decode = flashinfer_ops.BatchDecodeWithSharedPrefixPagedKVCacheWrapper
