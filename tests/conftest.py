@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
+
+from flashinfer_ops import native
 
 # The same examples on every run: a failure must be there again when one looks at it.
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=25)
@@ -16,3 +20,15 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return str(request.param)
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+def cpu_capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each instruction set's CPU kernels, those that this machine has."""
+    before = native.cpu_capability()
+    try:
+        native.set_cpu_capability(request.param)
+    except ValueError:
+        pytest.skip(f"this machine does not run {request.param}")
+    yield request.param
+    native.set_cpu_capability(before)

@@ -48,14 +48,14 @@ def split_lse(s: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def doubled(*tensors: Any) -> list[Any]:
-    return [
-        doubled(*t)
-        if isinstance(t, list)
-        else t.cpu().double()
-        if t.is_floating_point()
-        else t.cpu()
-        for t in tensors
-    ]
+    """On the CPU, in float64 where they were floating."""
+
+    def convert(t: Any) -> Any:
+        if isinstance(t, list):
+            return [convert(item) for item in t]
+        return t.cpu().double() if t.is_floating_point() else t.cpu()
+
+    return [convert(t) for t in tensors]
 
 
 def strided(t: Tensor) -> Tensor:
@@ -286,9 +286,9 @@ def test_refusals(device: str) -> None:
     ]:
         with pytest.raises(error, match=message):
             flashinfer_ops.merge_state(*replaced(good, i, value))
-    with pytest.raises(TypeError, match="merge_state takes .v_a, s_a, v_b, s_b. or .o_a"):
+    with pytest.raises(TypeError, match=r"merge_state takes .v_a, s_a, v_b, s_b. or .o_a"):
         flashinfer_ops.merge_state(v_a, s_a, v_b)
-    with pytest.raises(TypeError, match="got 3 positional arguments and s_c"):
+    with pytest.raises(TypeError, match=r"got 3 positional arguments and s_c"):
         flashinfer_ops.merge_state(v_a, s_a, v_b, s_c=s_b)
     named = flashinfer_ops.merge_state(v_a, s_a, s_b=s_b, v_b=v_b)
     assert torch.equal(named[0], flashinfer_ops.merge_state(*good)[0])
@@ -297,34 +297,34 @@ def test_refusals(device: str) -> None:
 
     in_place = flashinfer_ops.merge_state_in_place
     before = v_a.clone()
-    with pytest.raises(ValueError, match="s has dtype torch.float16, expected torch.float32"):
+    with pytest.raises(ValueError, match=r"s has dtype torch.float16, expected torch.float32"):
         in_place(v_a, s_a.half(), v_b, s_b)
-    with pytest.raises(ValueError, match="v has stride 2 in its last dimension"):
+    with pytest.raises(ValueError, match=r"v has stride 2 in its last dimension"):
         in_place(v_a[..., ::2], s_a, v_b[..., ::2], s_b)
     with pytest.raises(ValueError, match=r"mask has shape \[3\], expected \[4\] to fit v"):
         in_place(v_a, s_a, v_b, s_b, torch.ones(3, dtype=torch.bool, device=device))
-    with pytest.raises(ValueError, match="mask has dtype torch.float32"):
+    with pytest.raises(ValueError, match=r"mask has dtype torch.float32"):
         in_place(v_a, s_a, v_b, s_b, mask=torch.ones(4, device=device))
     torch.testing.assert_close(v_a, before, atol=0, rtol=0, equal_nan=True)
 
-    with pytest.raises(ValueError, match="v has 0 states and s has 0"):
+    with pytest.raises(ValueError, match=r"v has 0 states and s has 0"):
         flashinfer_ops.merge_states([], [])
-    with pytest.raises(ValueError, match="v has 2 states and s has 1"):
+    with pytest.raises(ValueError, match=r"v has 2 states and s has 1"):
         flashinfer_ops.merge_states([v_a, v_b], [s_a])
     with pytest.raises(ValueError, match=r"v\[1\] has shape"):
         flashinfer_ops.merge_states([v_a, v_b[:2]], [s_a, s_b])
-    with pytest.raises(TypeError, match="s is a list"):
+    with pytest.raises(TypeError, match=r"s is a list"):
         flashinfer_ops.merge_states(v_a[:, None], [s_a])
     with pytest.raises(ValueError, match=r"s has shape \[4, 1, 2\], expected \[4, 2, 2\]"):
         flashinfer_ops.merge_states(torch.stack([v_a, v_b], 1), s_a[:, None])
-    with pytest.raises(ValueError, match="indptr has dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"indptr has dtype torch.int64"):
         flashinfer_ops.variable_length_merge_states(v_a, s_a, torch.tensor([0, 4], device=device))
-    with pytest.raises(ValueError, match="indptr is empty"):
+    with pytest.raises(ValueError, match=r"indptr is empty"):
         flashinfer_ops.variable_length_merge_states(v_a, s_a, int32(device=device))
 
 
 @pytest.mark.parametrize("indptr", [(0, 3, 2), (-1, 2), (0, 5)])
 def test_bad_indptr_raises_on_the_cpu(indptr: tuple[int, ...]) -> None:
     (v,), (s,) = states(1, (4, 2, 8))
-    with pytest.raises(RuntimeError, match="indptr must not decrease and must stay within the 4"):
+    with pytest.raises(RuntimeError, match=r"indptr must not decrease and must stay within the 4"):
         flashinfer_ops.variable_length_merge_states(v, s, int32(*indptr))

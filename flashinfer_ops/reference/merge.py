@@ -13,13 +13,13 @@ _NEG_INF = float("-inf")
 def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """`v [n, num_states, h, d]`, `s [n, num_states, h]` -> `[n, h, d]` and `[n, h]`.
 
-    Computed, and the lse returned, in float32, or in float64 where an input is float64.
+    Computed, and the lse returned, in float32, or in float64 where v is float64.
     """
-    dtype = torch.promote_types(torch.promote_types(v.dtype, s.dtype), torch.float32)
+    dtype = torch.promote_types(v.dtype, torch.float32)
     s = s.to(dtype)
     n, num_states, h, d = v.shape
     if num_states == 0:
-        return v.new_zeros(n, h, d), s.new_full((n, h), _NEG_INF)
+        return v.new_zeros(n, h, d), s.new_full((n, h), _NEG_INF, dtype=dtype)
     largest = s.amax(1, keepdim=True)
     # The largest has weight 1 also where it is infinite and inf - inf has no value.
     weight = torch.where(s == largest, 1.0, torch.exp2(s - largest))
@@ -39,9 +39,7 @@ def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Ten
 def merge_state_omd(
     o_a: Tensor, m_a: Tensor, d_a: Tensor, o_b: Tensor, m_b: Tensor, d_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.float32
-    for t in (o_a, m_a, d_a, m_b, d_b):
-        dtype = torch.promote_types(dtype, t.dtype)
+    dtype = torch.promote_types(o_a.dtype, torch.float32)
     m, d = (torch.stack([a.to(dtype), b.to(dtype)], 1) for a, b in ((m_a, m_b), (d_a, d_b)))
     empty = (d == 0) | (m == _NEG_INF)
     largest = torch.where(empty, _NEG_INF, m).amax(1, keepdim=True)
@@ -80,7 +78,7 @@ def merge_states_list(v: Sequence[Tensor], s: Sequence[Tensor]) -> tuple[Tensor,
 
 def merge_states_ragged(v: Tensor, s: Tensor, indptr: Tensor) -> tuple[Tensor, Tensor]:
     _, h, d = v.shape
-    lse_dtype = torch.promote_types(torch.promote_types(v.dtype, s.dtype), torch.float32)
+    lse_dtype = torch.promote_types(v.dtype, torch.float32)
     starts, ends = indptr[:-1].tolist(), indptr[1:].tolist()
     merged = v.new_zeros(len(starts), h, d)
     lse = torch.full((len(starts), h), _NEG_INF, dtype=lse_dtype, device=v.device)
