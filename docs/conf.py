@@ -21,7 +21,8 @@ pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
 autosummary_generate = True
-autodoc_typehints = "none"
+autodoc_typehints = "signature"  # with "none" the overloads would not be shown
+python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
