@@ -1,294 +1,307 @@
-"""The planner: what a schedule must hold, capacities, planning again into the same memory."""
+"""Plans: the CPU schedule covers every (row, visible token) once; capacities; planning again."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Forest, int32, random_forest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import flashinfer_ops
-from flashinfer_ops.meta.plan import HEADER_WORDS, schedule_size
+from flashinfer_ops import CascadePlan, plan_cascade
+from flashinfer_ops.meta.plan import BASE_TILES, EXTRA_UNITS, HEADER_WORDS, schedule_size
 
 ops = torch.ops.flashinfer_ops
 NO_DIAGONAL = 1 << 30
 
 
-def tables(schedule: torch.Tensor) -> tuple[list[int], Any, Any, Any]:
-    """Header, tiles, units and segments of a schedule, as `csrc/cpu/schedule.h` lays them out."""
-    words = schedule.tolist()
-    header = words[:HEADER_WORDS]
-    num_tiles, num_units, num_segments = header[1:4]
+class Schedule:
+    """The tables of csrc/cpu/schedule.h."""
 
-    def table(offset: int, rows: int, width: int) -> list[list[int]]:
-        return [words[offset + i * width : offset + (i + 1) * width] for i in range(rows)]
-
-    return (
-        header,
-        table(header[5], num_tiles, 4),
-        table(header[6], num_units, 4),
-        table(header[7], num_segments, 8),
-    )
+    def __init__(self, words: Tensor) -> None:
+        array = words.numpy()
+        (self.num_tokens, tiles, units, segments, self.num_partial_rows, tile_at, unit_at,
+         segment_at) = array[:8].tolist()  # fmt: skip
+        self.tiles = array[tile_at : tile_at + 4 * tiles].reshape(tiles, 4)
+        self.units = array[unit_at : unit_at + 4 * units].reshape(units, 4)
+        self.segments = array[segment_at : segment_at + 8 * segments].reshape(segments, 8)
+        assert HEADER_WORDS <= tile_at <= unit_at <= segment_at
+        assert segment_at + 8 * segments <= len(array)
 
 
-def check_schedule(forest: Forest, plan: flashinfer_ops.CascadePlan, causal: bool) -> None:
-    """Each query row meets each KV token that it sees exactly once, and no other."""
-    header, tiles, units, segments = tables(plan.schedule)
-    num_tokens = max(int(t[-1]) for t in forest.qo_indptr)
-    assert header[0] == num_tokens
-    assert [t[0] for t in tiles] == [0, *[t[1] for t in tiles]][: len(tiles)]
-    assert not tiles or tiles[-1][1] == num_tokens
-    # Tiles own consecutive units, units consecutive segments.
-    next_unit = next_segment = partial_rows = 0
-    met: Counter[tuple[int, int, int, int]] = Counter()  # row, level, first page, token
-    for tile, (row_begin, row_end, unit_begin, unit_end) in enumerate(tiles):
-        assert unit_begin == next_unit and unit_end >= unit_begin
-        next_unit = unit_end
-        for unit_tile, segment_begin, segment_end, partial_row in units[unit_begin:unit_end]:
-            assert unit_tile == tile and segment_begin == next_segment < segment_end
+def visible(plan: CascadePlan) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """For each (row, level) that sees any: where its group's pages start, and how many tokens."""
+    result = {}
+    for level, qo in enumerate(plan.qo_indptr):
+        kv, last = plan.kv_indptr[level].tolist(), plan.kv_last_page_len[level].tolist()
+        borders = qo.tolist()
+        for group, (begin, end) in enumerate(pairwise(borders)):
+            pages = kv[group + 1] - kv[group]
+            length = (pages - 1) * plan.page_size + last[group] if pages else 0
+            for row in range(begin, end):
+                diagonal = plan.causal and level + 1 == len(plan.qo_indptr)
+                tokens = length - (end - 1 - row) if diagonal else length
+                if tokens > 0:
+                    result[row, level] = (kv[group], tokens)
+    return result
+
+
+def check_schedule(plan: CascadePlan) -> Schedule:
+    schedule = Schedule(plan.schedule)
+    assert schedule.num_tokens == max(int(t[-1]) for t in plan.qo_indptr)
+    next_row = next_unit = next_segment = next_partial = 0
+    covered: dict[tuple[int, int], Any] = {}
+    for i, (row_begin, row_end, unit_begin, unit_end) in enumerate(schedule.tiles.tolist()):
+        assert (row_begin, unit_begin) == (next_row, next_unit)
+        assert row_begin < row_end and unit_begin <= unit_end
+        next_row, next_unit = row_end, unit_end
+        for unit in schedule.units[unit_begin:unit_end].tolist():
+            tile, segment_begin, segment_end, partial_row = unit
+            assert tile == i and segment_begin == next_segment < segment_end
             next_segment = segment_end
             if unit_end - unit_begin == 1:
                 assert partial_row == -1
             else:
-                assert partial_row == partial_rows
-                partial_rows += row_end - row_begin
-            for level, page_begin, kv0, kv1, row0, row1, diagonal, _ in segments[
-                segment_begin:segment_end
-            ]:
-                assert row_begin <= row0 < row1 <= row_end and 0 <= kv0 < kv1
-                for row in range(row0, row1):
-                    last = kv1 if diagonal == NO_DIAGONAL else min(kv1, row + diagonal + 1)
-                    for token in range(kv0, last):
-                        met[row, level, page_begin, token] += 1
-    assert next_unit == len(units) and next_segment == len(segments)
-    assert partial_rows == header[4]
-
-    wanted: Counter[tuple[int, int, int, int]] = Counter()
-    for level, (qo, kv, last_page_len) in enumerate(
-        zip(forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len, strict=True)
-    ):
-        lens = flashinfer_ops.get_seq_lens(kv, last_page_len, forest.page_size).tolist()
-        for group, length in enumerate(lens):
-            rows = range(int(qo[group]), int(qo[group + 1]))
-            for row in rows:
-                sees = length
-                if causal and level + 1 == len(forest.qo_indptr):
-                    sees = length - (rows.stop - 1 - row)
-                for token in range(sees):
-                    wanted[row, level, int(kv[group]), token] += 1
-    assert met == wanted
+                assert partial_row == next_partial
+                next_partial += row_end - row_begin
+            for segment in schedule.segments[segment_begin:segment_end].tolist():
+                level, page_begin, kv_begin, kv_end, begin, end, diagonal, _ = segment
+                assert row_begin <= begin < end <= row_end and 0 <= kv_begin < kv_end
+                for row in range(begin, end):
+                    stop = min(kv_end, row + diagonal + 1)
+                    where = covered.setdefault((row, level), (page_begin, Counter()))
+                    assert where[0] == page_begin
+                    where[1].update(range(kv_begin, stop))
+    assert next_row == schedule.num_tokens and next_unit == len(schedule.units)
+    assert next_segment == len(schedule.segments) and next_partial == schedule.num_partial_rows
+    wanted = visible(plan)
+    got = {at: where for at, where in covered.items() if where[1]}
+    assert got.keys() == wanted.keys()
+    for at, (page_begin, tokens) in wanted.items():
+        assert got[at] == (page_begin, Counter(range(tokens)))
+    return schedule
 
 
-def plan_of(forest: Forest, **options: Any) -> flashinfer_ops.CascadePlan:
-    return flashinfer_ops.plan_cascade(*forest.arrays, **forest.numbers, **options)
+def plan_of(forest: Forest, **options: Any) -> CascadePlan:
+    return plan_cascade(*forest.arrays, **{**forest.numbers, **options})
 
 
 @given(
-    seed=st.integers(0, 999),
-    num_levels=st.integers(1, 4),
-    num_requests=st.integers(0, 12),
-    max_qo_len=st.sampled_from([1, 5, 40]),
-    group=st.sampled_from([1, 3, 8]),
+    seed=st.integers(0, 10**6),
+    num_levels=st.integers(1, 16),
+    num_requests=st.integers(1, 60),
+    max_qo_len=st.sampled_from([1, 2, 40]),
+    heads=st.sampled_from([(1, 1), (8, 1), (14, 2), (32, 32)]),
     page_size=st.sampled_from([1, 3, 16]),
-    nested=st.booleans(),
     causal=st.booleans(),
+    nested=st.booleans(),
 )
-def test_covers_what_rows_see_exactly_once(
-    seed: int,
-    num_levels: int,
-    num_requests: int,
-    max_qo_len: int,
-    group: int,
-    page_size: int,
-    nested: bool,
-    causal: bool,
-) -> None:
+def test_every_token_once(seed: int, heads: tuple[int, int], causal: bool, **options: Any) -> None:
     forest = random_forest(
-        seed,
-        num_levels=num_levels,
-        num_requests=num_requests,
-        max_qo_len=max_qo_len,
-        num_qo_heads=2 * group,
-        head_dim=1,
-        page_size=page_size,
-        max_kv_len=50,
-        nested=nested,
+        seed, num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=2, **options
     )
-    check_schedule(forest, plan_of(forest, causal=causal), causal)
+    check_schedule(plan_of(forest, causal=causal))
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_long_kv_is_cut_for_the_threads(causal: bool) -> None:
-    """Few requests with one head would keep all threads but one idle."""
+def test_long_kv_is_cut(causal: bool) -> None:
+    """A few rows over much KV: several units a tile, whose partial states are merged."""
     forest = random_forest(
-        4,
-        num_levels=2,
-        num_requests=6,
-        num_qo_heads=1,
-        num_kv_heads=1,
-        head_dim=1,
-        max_kv_len=6000,
-        max_qo_len=3,
+        3, num_levels=3, num_requests=4, max_qo_len=9, max_kv_len=9000, head_dim=2
     )
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        plan = plan_of(forest, causal=causal)
-    finally:
-        torch.set_num_threads(threads)
-    assert len(tables(plan.schedule)[2]) > 2
-    check_schedule(forest, plan, causal)
+    schedule = check_schedule(plan_of(forest, causal=causal))
+    assert len(schedule.units) > len(schedule.tiles) and schedule.num_partial_rows > 0
 
 
-def test_more_rows_than_tiles_make_larger_tiles() -> None:
-    indptr = int32(0, 50_000)
-    plan = flashinfer_ops.plan_cascade(
-        [indptr],
-        [int32(0, 1)],
-        [int32(0)],
-        [int32(2)],
-        num_qo_heads=8,
-        num_kv_heads=1,
-        head_dim=8,
-        page_size=4,
-    )
-    header, tiles, _, _ = tables(plan.schedule)
-    assert header[1] == 256 + 4 and tiles[-1][1] == 50_000
-    assert {t[1] - t[0] for t in tiles} <= {192, 193}
+def test_many_rows_fill_the_tables() -> None:
+    """More rows than tiles at the preferred size: larger tiles, the capacity holds."""
+    n = 40000
+    plan = plan_cascade(
+        [int32(0, n)], [int32(0, 1)], [int32(0)], [int32(3)],
+        num_qo_heads=64, num_kv_heads=1, head_dim=2, page_size=16,
+    )  # fmt: skip
+    schedule = Schedule(plan.schedule)
+    assert len(schedule.tiles) <= BASE_TILES + 4
+    rows = [np.arange(begin, end) for begin, end, _, _ in schedule.tiles]
+    assert np.array_equal(np.concatenate(rows), np.arange(n))
+    assert schedule.segments[:, 4].tolist() == schedule.tiles[:, 0].tolist()
 
 
-def test_capacities_and_their_tails(device: str) -> None:
-    forest = random_forest(2, num_levels=2, num_requests=11, device=device)
+def test_empty_batches() -> None:
+    for borders in ([int32(0)], [int32(0, 0, 0)]):
+        groups = borders[0].shape[0] - 1
+        plan = plan_cascade(
+            borders, [torch.zeros_like(borders[0])], [int32()], [int32(*[9] * groups)],
+            num_qo_heads=2, num_kv_heads=1, head_dim=8, page_size=4,
+        )  # fmt: skip
+        schedule = check_schedule(plan)
+        assert len(schedule.tiles) == schedule.num_tokens == 0
+
+
+def test_capacities(device: str) -> None:
+    """Buffers of a power of two with empty groups behind; the schedule's size follows from them."""
+    forest = random_forest(1, num_levels=2, num_requests=11, device=device)
     plan = plan_of(forest)
-    for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len"):
-        for buffer, array in zip(getattr(plan, name), getattr(forest, name), strict=True):
-            assert len(buffer) >= max(4, len(array)) and torch.equal(buffer[: len(array)], array)
-            if name.endswith("indptr"):
-                assert bool((buffer[len(array) :] == array[-1]).all())
-    sizes = [len(t) - 1 for t in plan.kv_indptr]
-    assert plan.schedule.shape == (schedule_size(sizes),)
-    assert plan.schedule.dtype == torch.int32 and str(plan.schedule.device).startswith(device)
+    for level in range(2):
+        for buffers, arrays, extra in (
+            (plan.qo_indptr, forest.qo_indptr, 1),
+            (plan.kv_indptr, forest.kv_indptr, 1),
+            (plan.kv_indices, forest.kv_indices, 0),
+            (plan.kv_last_page_len, forest.kv_last_page_len, 0),
+        ):
+            buffer, array = buffers[level], arrays[level]
+            capacity = buffer.shape[0] - extra
+            assert capacity >= 4 and capacity & (capacity - 1) == 0
+            assert array.shape[0] <= buffer.shape[0] < 2 * max(4, array.shape[0]) + extra
+            assert torch.equal(buffer[: len(array)], array)
+            assert bool((buffer[len(array) :] == (array[-1] if extra else 0)).all())
+    assert plan.qo_indptr[1].shape[0] == 17
+    groups = [t.shape[0] - 1 for t in plan.kv_indptr]
+    assert plan.schedule.shape == (schedule_size(groups),)
+    assert plan.schedule.dtype == torch.int32 and plan.schedule.device.type == device
+    tiles = BASE_TILES + groups[-1]
+    segments = sum(groups) + 2 * tiles + EXTRA_UNITS
+    expected = HEADER_WORDS + 4 * tiles + 4 * (tiles + EXTRA_UNITS) + 8 * segments
+    assert schedule_size(groups) == expected
+    assert plan.sm_scale == 64**-0.5 and plan.max_tokens is None and plan.causal is False
 
 
-def test_plans_again_into_the_same_memory(device: str) -> None:
-    plan = plan_of(random_forest(0, num_levels=2, num_requests=31, device=device))
-    tensors = [*plan.qo_indptr, *plan.kv_indptr, *plan.kv_indices, plan.schedule]
+@pytest.mark.parametrize("causal", [False, True])
+def test_plan_again(device: str, causal: bool) -> None:
+    """`out` gets the bits that a plan of its own has, stays where it was, and is returned."""
+    options = {"num_levels": 3, "max_qo_len": 5, "device": device}
+    plan = plan_of(random_forest(0, num_requests=32, **options), causal=causal)
+    tensors = [*plan.qo_indptr, *plan.kv_indptr, *plan.kv_last_page_len, plan.schedule]
     addresses = [t.data_ptr() for t in tensors]
-    for seed in range(1, 5):
-        forest = random_forest(seed, num_levels=2, num_requests=17, device=device)
-        assert plan_of(forest, out=plan) is plan
+    for seed in range(1, 9):
+        forest = random_forest(seed, num_requests=[32, 1, 20][seed % 3], **options)
+        for array, buffer in zip(forest.kv_indptr, plan.kv_indptr, strict=True):
+            assert array.shape[0] <= buffer.shape[0]
+        if not all(a.shape[0] <= b.shape[0]
+                   for a, b in zip(forest.kv_indices, plan.kv_indices, strict=True)):  # fmt: skip
+            continue
+        assert plan_of(forest, causal=causal, out=plan) is plan
         assert [t.data_ptr() for t in tensors] == addresses
-        fresh = flashinfer_ops.plan_cascade(
-            plan.qo_indptr,
-            plan.kv_indptr,
-            plan.kv_indices,
-            plan.kv_last_page_len,
-            **forest.numbers,
-        )
-        assert torch.equal(fresh.schedule, plan.schedule)  # deterministic, and all overwritten
-        if device == "cpu":
-            check_schedule(forest, plan, causal=False)
-    # The plan's own arrays, changed in place, are planned as they are.
-    plan.kv_last_page_len[1].fill_(1)
-    flashinfer_ops.plan_cascade(
-        plan.qo_indptr,
-        plan.kv_indptr,
-        plan.kv_indices,
-        plan.kv_last_page_len,
-        **forest.numbers,
-        out=plan,
+        shape = (*list(forest.numbers.values()), causal)
+        arguments = (plan.qo_indptr, plan.kv_indptr, plan.kv_last_page_len, *shape)
+        fresh = ops.cascade_plan.default(*arguments)
+        assert torch.equal(fresh, plan.schedule)
+        assert torch.equal(ops.cascade_plan.default(*arguments), fresh)  # the same bits again
+        # The batch's own arrays may be the plan's own buffers.
+        again = plan_cascade(
+            plan.qo_indptr, plan.kv_indptr, plan.kv_indices, plan.kv_last_page_len,
+            **forest.numbers, causal=causal, out=plan,
+        )  # fmt: skip
+        assert again is plan and torch.equal(plan.schedule, fresh)
+
+
+@pytest.mark.parametrize("change", ["num_qo_heads", "page_size", "causal", "num_kv_heads"])
+def test_every_number_reaches_the_planner(change: str) -> None:
+    """TORCH_BOX does not check types: a number that got lost would change nothing."""
+    forest = random_forest(7, num_levels=2, num_requests=30, max_qo_len=30, max_kv_len=300)
+    arguments = (
+        forest.qo_indptr,
+        forest.kv_indptr,
+        [t.clamp(max=8) for t in forest.kv_last_page_len],
     )
-    if device == "cpu":
-        forest.kv_last_page_len[1].fill_(1)
-        check_schedule(forest, plan, causal=False)
+    numbers = {"num_qo_heads": 8, "num_kv_heads": 8, "head_dim": 64, "page_size": 16,
+               "causal": False}  # fmt: skip
+    base = ops.cascade_plan.default(*arguments, *numbers.values())
+    other = {"num_qo_heads": 64, "num_kv_heads": 1, "page_size": 8, "causal": True}
+    numbers[change] = other[change]
+    assert not torch.equal(ops.cascade_plan.default(*arguments, *numbers.values()), base)
 
 
-def test_bad_out_leaves_the_plan_as_it_was() -> None:
-    forest = random_forest(0, num_levels=2, num_requests=9)
-    plan = plan_of(forest)
-    before = plan.schedule.clone(), [t.clone() for t in plan.qo_indptr]
-    large = random_forest(1, num_levels=2, num_requests=90)
-    three = random_forest(1, num_levels=3, num_requests=9)
-    for call, error, message in (
-        (lambda: plan_of(large, out=plan), ValueError, r"qo_indptr\[.\] has .* expected at most"),
-        (lambda: plan_of(three, out=plan), ValueError, "qo_indptr has 3 levels, expected 2 as in"),
-        (lambda: plan_of(forest, out=plan, causal=True), ValueError, "causal is True, expected F"),
-        (lambda: plan_of(forest, out=plan, sm_scale=2.0), ValueError, "sm_scale is 2.0, expected"),
-        (lambda: plan_of(forest, out=plan, max_tokens=9), ValueError, "max_tokens is 9, expected"),
-        (lambda: plan_of(forest, out=plan.schedule), TypeError, "out is a Tensor, expected a Casc"),
-    ):
+@pytest.mark.parametrize("num_requests", [1, 12])
+@pytest.mark.parametrize("layout", ["exact", "capacity", "empty"])
+def test_opcheck(device: str, num_requests: int, layout: str) -> None:
+    forest = random_forest(5, num_levels=2, num_requests=num_requests, device=device)
+    arrays: Any = (forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len)
+    if layout == "capacity":
+        plan = plan_of(forest)
+        arrays = (plan.qo_indptr, plan.kv_indptr, plan.kv_last_page_len)
+    if layout == "empty":
+        arrays = ([int32(0, device=device)], [int32(0, device=device)], [int32(device=device)])
+    arguments = (*arrays, 4, 2, 64, 16, True)
+    results = torch.library.opcheck(ops.cascade_plan.default, arguments)
+    schedule = torch.zeros_like(ops.cascade_plan.default(*arguments))
+    results_out = torch.library.opcheck(ops.cascade_plan.out, (*arguments, schedule))
+    assert set(results.values()) | set(results_out.values()) == {"SUCCESS"}
+
+
+def test_refusals(device: str) -> None:
+    forest = random_forest(2, num_levels=2, num_requests=5, device=device)
+    names = ("qo_indptr", "kv_indptr", "kv_indices", "kv_last_page_len")
+    good = {**dict(zip(names, forest.arrays, strict=True)), **forest.numbers}
+    plan = plan_cascade(**good)
+    before = plan.schedule.clone()
+    for changes, error, message in [
+        ({"qo_indptr": forest.qo_indptr[0]}, TypeError, r"qo_indptr is a Tensor, expected a list"),
+        ({"qo_indptr": []}, ValueError, r"qo_indptr has 0 levels"),
+        ({"kv_indices": forest.kv_indices[:1]}, ValueError, r"kv_indices has 1 levels"),
+        ({n: good[n] * 9 for n in names}, ValueError, r"qo_indptr has 18 levels .* 1 to 16"),
+        (
+            {"kv_indptr": [t.long() for t in forest.kv_indptr]},
+            ValueError,
+            r"kv_indptr\[0\] has dtype",
+        ),
+        (
+            {"kv_indptr": [t.tolist() for t in forest.kv_indptr]},
+            TypeError,
+            r"kv_indptr\[0\] is a list",
+        ),
+        (
+            {"kv_indptr": [t[1:] for t in forest.kv_indptr]},
+            ValueError,
+            r"kv_indptr\[0\] has \d+ el",
+        ),
+        ({"kv_last_page_len": forest.kv_indptr}, ValueError, r"kv_last_page_len\[0\] has"),
+        ({"qo_indptr": [t[:0] for t in forest.qo_indptr]}, ValueError, r"qo_indptr\[0\] is empty"),
+        ({"num_qo_heads": 0}, ValueError, r"num_qo_heads is 0, expected 1 or more"),
+        ({"num_qo_heads": 5}, ValueError, r"num_qo_heads is 5, expected a multiple"),
+        ({"num_kv_heads": 2.0}, TypeError, r"num_kv_heads is a float, expected an int"),
+        ({"head_dim": -1}, ValueError, r"head_dim is -1"),
+        ({"page_size": True}, TypeError, r"page_size is a bool"),
+        ({"max_tokens": -1}, ValueError, r"max_tokens is -1"),
+        ({"out": 3}, TypeError, r"out is a int, expected a CascadePlan"),
+        ({"out": plan, "page_size": 8}, ValueError, r"page_size is 8, expected 16 as in out"),
+        ({"out": plan, "causal": True}, ValueError, r"causal is True, expected False as in out"),
+    ]:
         with pytest.raises(error, match=message):
-            call()
-    assert torch.equal(plan.schedule, before[0])
-    assert all(map(torch.equal, plan.qo_indptr, before[1]))
+            plan_cascade(**{**good, **changes})
+    large = random_forest(1, num_levels=2, num_requests=50, device=device)
+    with pytest.raises(
+        ValueError, match=r"has \d+ elements, expected at most \d+, the capacity of out"
+    ):
+        plan_of(large, out=plan)
+    assert torch.equal(plan.schedule, before)
 
 
-def bad_calls() -> list[tuple[Callable[[], object], type[Exception], str]]:
-    forest = random_forest(0, num_levels=2, num_requests=5)
-    qo, kv, indices, last = forest.arrays
-
-    def call(**changes: Any) -> object:
-        arguments: dict[str, Any] = {
-            "qo_indptr": qo,
-            "kv_indptr": kv,
-            "kv_indices": indices,
-            "kv_last_page_len": last,
-            **forest.numbers,
-        }
-        return flashinfer_ops.plan_cascade(**(arguments | changes))
-
-    long = [qo[0], qo[1].long()]
-    down = [kv[0], kv[1].flip(0).contiguous()]
-    return [
-        (lambda: call(qo_indptr=qo[0]), TypeError, "qo_indptr is a Tensor, expected a list"),
-        (lambda: call(qo_indptr=long), ValueError, r"qo_indptr\[1\] has dtype torch.int64"),
-        (lambda: call(kv_indices=indices[:1]), ValueError, "kv_indices has 1 levels and qo_indptr"),
-        (lambda: call(qo_indptr=[], kv_indptr=[]), ValueError, "qo_indptr has 0 levels"),
-        (lambda: call(qo_indptr=qo * 9), ValueError, "qo_indptr has 18 levels"),
-        (lambda: call(kv_indptr=[kv[0], kv[1][1:]]), ValueError, r"kv_indptr\[1\] has 5 elements"),
-        (lambda: call(kv_last_page_len=[last[0], kv[1]]), ValueError, r"last_page_len\[1\] has 6"),
-        (lambda: call(qo_indptr=[qo[0][:0], qo[1]]), ValueError, r"qo_indptr\[0\] is empty"),
-        (lambda: call(num_qo_heads=3), ValueError, "num_qo_heads is 3, expected a multiple"),
-        (lambda: call(num_kv_heads=0), ValueError, "num_kv_heads is 0, expected 1 or more"),
-        (lambda: call(head_dim=0), ValueError, "head_dim is 0"),
-        (lambda: call(page_size=1.5), TypeError, "page_size is a float, expected an int"),
-        (lambda: call(max_tokens=-1), ValueError, "max_tokens is -1"),
-        (lambda: call(kv_indptr=down), RuntimeError, r"kv_indptr\[1\] must not decrease"),
-        (lambda: call(kv_last_page_len=[t + 99 for t in last]), RuntimeError, "kv_last_page_len"),
-    ]
-
-
-@pytest.mark.parametrize("index", range(len(bad_calls())))
-def test_bad_input(index: int) -> None:
-    call, error, message = bad_calls()[index]
-    with pytest.raises(error, match=message):
-        call()
-
-
-def test_opcheck(device: str) -> None:
-    forest = random_forest(0, num_levels=3, num_requests=9, device=device)
-    plan = plan_of(forest, causal=True)
-    numbers = [4, 2, 64, 16, True]
-    for arrays in (plan, forest):
-        args = (arrays.qo_indptr, arrays.kv_indptr, arrays.kv_last_page_len, *numbers)
-        torch.library.opcheck(ops.cascade_plan.default, args)
-    args = (plan.qo_indptr, plan.kv_indptr, plan.kv_last_page_len, *numbers)
-    torch.library.opcheck(ops.cascade_plan.out, (*args, plan.schedule.clone()))
-
-
-def test_every_number_of_the_schema_has_its_effect() -> None:
-    """The boxed call checks how many arguments there are, not which is which."""
-    forest = random_forest(3, num_levels=2, num_requests=40, max_qo_len=9, max_kv_len=900)
-    base: dict[str, Any] = {**forest.numbers, "causal": False}
-    plans = {"": flashinfer_ops.plan_cascade(*forest.arrays, **base)}
-    changes = {"num_qo_heads": 32, "num_kv_heads": 4, "page_size": 32, "causal": True}
-    for name, value in changes.items():
-        plans[name] = flashinfer_ops.plan_cascade(*forest.arrays, **(base | {name: value}))
-        assert not torch.equal(plans[name].schedule, plans[""].schedule), name
-    assert replace(plans[""], head_dim=32).head_dim == 32
+@pytest.mark.parametrize(
+    "name,value,message",
+    [
+        ("qo_indptr", (0, 3, 2), r"qo_indptr\[0\] must not decrease, but goes from 3 to 2"),
+        ("qo_indptr", (-1, 0, 2), r"qo_indptr\[0\] starts at -1"),
+        ("kv_indptr", (0, 2, 1), r"kv_indptr\[0\] must not decrease"),
+        ("kv_last_page_len", (17, 1), r"kv_last_page_len\[0\]\[0\] is 17, expected 0 to page_size"),
+        ("kv_last_page_len", (1, -1), r"kv_last_page_len\[0\]\[1\] is -1"),
+    ],
+)
+def test_bad_contents_raise_on_the_cpu(name: str, value: tuple[int, ...], message: str) -> None:
+    arrays = {
+        "qo_indptr": [int32(0, 1, 2)],
+        "kv_indptr": [int32(0, 1, 2)],
+        "kv_indices": [int32(0, 1)],
+        "kv_last_page_len": [int32(3, 4)],
+    }
+    numbers = {"num_qo_heads": 2, "num_kv_heads": 1, "head_dim": 8, "page_size": 16}
+    check_schedule(flashinfer_ops.plan_cascade(**arrays, **numbers))
+    with pytest.raises(RuntimeError, match=message):
+        flashinfer_ops.plan_cascade(**{**arrays, name: [int32(*value)]}, **numbers)
