@@ -74,16 +74,14 @@ class GemvStep {
                   int64_t parts, const T* const* own, const T** ahead) const {
     const int64_t width = kGemvColumns * kLanes;
     int64_t part = position % parts, head = position / parts % walk_.num_heads;
-    int64_t token = position / parts / walk_.num_heads;
-    for (int64_t j = 0; j < padded; ++j) {
-      ahead[j] =
-          token < walk_.next_count ? rows[token] + head * head_stride + part * width : own[j];
-      if (++part < parts) continue;
-      part = 0;
-      if (++head < walk_.num_heads) continue;
-      head = 0;
-      ++token;
+    int64_t j = 0, token = position / parts / walk_.num_heads;
+    for (; j < padded && token < walk_.next_count; ++token, head = 0) {
+      const T* row = rows[token] + head * head_stride;
+      for (; j < padded && head < walk_.num_heads; ++head, row += head_stride, part = 0) {
+        for (; j < padded && part < parts; ++part) ahead[j++] = row + part * width;
+      }
     }
+    for (; j < padded; ++j) ahead[j] = own[j];
   }
 
   // Rows that are no whole number of vectors are copied and padded with zeros.

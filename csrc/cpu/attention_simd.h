@@ -87,19 +87,26 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
-inline float reduce_max(Vec v) {
-  float r = v[0];
-  for (int i = 1; i < kLanes; ++i) r = v[i] > r ? v[i] : r;
-  return r;
+// The lanes of v moved down by N, its lowest ones again at the top.
+template <int N, int... I>
+inline Vec rotate_impl(Vec v, Indices<I...>) {
+  return __builtin_shufflevector(v, v, ((I + N) % kLanes)...);
 }
 
-inline float reduce_add(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+// f over all lanes, in halves.
+template <int N = kLanes / 2, typename F>
+inline float reduce(Vec v, const F& f) {
+  if constexpr (N == 0) {
+    return v[0];
+  } else {
+    return reduce<N / 2>(f(v, rotate_impl<N>(v, MakeIndices<kLanes>::type())), f);
   }
-  return lanes[0];
+}
+inline float reduce_max(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return max(a, b); });
+}
+inline float reduce_add(Vec v) {
+  return reduce(v, [](Vec a, Vec b) { return a + b; });
 }
 
 // 2^x for x <= 0: relative error 2e-7, 0 below -126.5, exp2(-inf) = 0, exp2(NaN) = NaN.
@@ -151,10 +158,15 @@ inline Vec load(const Float16* p) {
 
 // Round to nearest even; a NaN stays a NaN.
 inline void store(BFloat16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
   const IntVec bits = reinterpret_cast<IntVec>(v);
   const IntVec rounded = (bits + splat_int(0x7fff) + ((bits >> 16) & splat_int(1))) >> 16;
   const IntVec result = v == v ? rounded : splat_int(0x7fc0);
   *reinterpret_cast<UnalignedHalfVec*>(p) = __builtin_convertvector(result, HalfVec);
+#endif
 }
 
 inline void store(Float16* p, Vec v) {
@@ -244,36 +256,42 @@ inline void interleave_pairs(Vec, Vec, Vec*, Vec*) {}
 
 // --- sums across lanes ---------------------------------------------------------------------------
 
-template <int... I>
-inline Vec shuffle(Vec a, Vec b, Indices<I...>) {
-  return __builtin_shufflevector(a, b, I...);
+// Of each four lanes of a and b: a[k], b[k], a[k + 1], b[k + 1].
+template <int K, int... I>
+inline Vec zip(Vec a, Vec b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + K + I % 4 / 2 + I % 2 * kLanes)...);
+}
+// Of each four lanes: a[k], a[k + 1], b[k], b[k + 1].
+template <int K, int... I>
+inline Vec zip_pairs(Vec a, Vec b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + K + I % 2 + I % 4 / 2 * kLanes)...);
+}
+// The even (K = 0) or odd (K = 1) groups of four lanes of a, then of b.
+template <int K, int... I>
+inline Vec fours(Vec a, Vec b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 8 + K * 4 + I % 4)...);
 }
 
 // acc[i] of kLanes vectors -> one vector whose lane i is the sum of acc[i]'s lanes.
 inline Vec sum_each(Vec (&acc)[kLanes]) {
-#if defined(__AVX512F__)
-  Vec quads[4];
+  constexpr MakeIndices<kLanes>::type lanes;
+  Vec sums[kLanes / 4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Vec x = _mm512_unpacklo_ps(acc[4 * i], acc[4 * i + 1]) +
-                  _mm512_unpackhi_ps(acc[4 * i], acc[4 * i + 1]);
-    const Vec y = _mm512_unpacklo_ps(acc[4 * i + 2], acc[4 * i + 3]) +
-                  _mm512_unpackhi_ps(acc[4 * i + 2], acc[4 * i + 3]);
-    quads[i] = reinterpret_cast<Vec>(
-                   _mm512_unpacklo_pd(reinterpret_cast<__m512d>(x), reinterpret_cast<__m512d>(y))) +
-               reinterpret_cast<Vec>(
-                   _mm512_unpackhi_pd(reinterpret_cast<__m512d>(x), reinterpret_cast<__m512d>(y)));
+  for (int i = 0; i < kLanes / 4; ++i) {
+    const Vec* v = acc + 4 * i;
+    const Vec x = zip<0>(v[0], v[1], lanes) + zip<2>(v[0], v[1], lanes);
+    const Vec y = zip<0>(v[2], v[3], lanes) + zip<2>(v[2], v[3], lanes);
+    sums[i] = zip_pairs<0>(x, y, lanes) + zip_pairs<2>(x, y, lanes);
   }
-  const Vec x = _mm512_shuffle_f32x4(quads[0], quads[1], 0x88) +
-                _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd);
-  const Vec y = _mm512_shuffle_f32x4(quads[2], quads[3], 0x88) +
-                _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd);
-  return _mm512_shuffle_f32x4(x, y, 0x88) + _mm512_shuffle_f32x4(x, y, 0xdd);
-#else
-  Vec result;
-  for (int i = 0; i < kLanes; ++i) result[i] = reduce_add(acc[i]);
-  return result;
-#endif
+#pragma GCC unroll 2
+  for (int count = kLanes / 4; count > 1; count /= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < count / 2; ++i) {
+      const Vec a = sums[2 * i], b = sums[2 * i + 1];
+      sums[i] = fours<0>(a, b, lanes) + fours<1>(a, b, lanes);
+    }
+  }
+  return sums[0];
 }
 
 }  // namespace
