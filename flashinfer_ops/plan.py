@@ -61,6 +61,8 @@ class CascadePlan:
 
 
 torch.export.register_dataclass(CascadePlan, serialized_type_name="flashinfer_ops.CascadePlan")
+# So that a saved program with a plan among its inputs loads without unpickling at large.
+torch.serialization.add_safe_globals([CascadePlan])
 
 
 def plan_cascade(

@@ -58,7 +58,7 @@ class MultiLevelCascadeAttentionWrapper:
         Args:
             num_levels: levels that `plan` will be given.
             float_workspace_buffer: accepted for compatibility; its device is where plans are made.
-                Scratch memory comes from PyTorch's allocator.
+                The operators find their scratch memory themselves.
             kv_layout: "NHD" or "HND".
             use_cuda_graph: keep the index arrays in the buffers given next, for captured graphs.
             qo_indptr_buf_arr: for each level an int32 buffer of groups + 1 elements at most.
