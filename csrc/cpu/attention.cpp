@@ -324,7 +324,10 @@ void cascade_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, std::vector
     const int64_t scratch_bytes = (kernel.scratch_bytes(problem) + 63) / 64 * 64;
     char* scratch = scratch_memory(scratch_bytes * threads);
     for_each_item(num_items, threads, [&](int64_t item, int64_t thread) {
-      kernel.run_item(problem, items[item], scratch + thread * scratch_bytes);
+      // The other threads are likely to take the items in between.
+      const AttentionItem* following =
+          item + threads < num_items ? &items[item + threads] : nullptr;
+      kernel.run_item(problem, items[item], following, scratch + thread * scratch_bytes);
     });
   }
   if (partial_rows > 0) {

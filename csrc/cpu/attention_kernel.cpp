@@ -33,12 +33,17 @@ namespace {
 template <typename T, typename Units>
 class ItemRun {
  public:
-  ItemRun(const AttentionProblem& problem, const AttentionItem& item, void* memory)
-      : problem_(problem), walk_(problem, item, memory), scratch_(walk_.scratch) {}
+  ItemRun(const AttentionProblem& problem, const AttentionItem& item,
+          const AttentionItem* following, void* memory)
+      : problem_(problem),
+        item_(item),
+        following_(following),
+        memory_(memory),
+        walk_(problem, item, memory),
+        scratch_(walk_.scratch) {}
 
   void run() {
-    const int64_t rows = (walk_.tile.row_end - walk_.tile.row_begin) * walk_.group;
-    for (int64_t begin = 0; begin < rows; begin += walk_.max_rows) {
+    for (int64_t begin = 0; begin < walk_.num_rows(); begin += walk_.max_rows) {
       walk_.begin_pass(begin);
       run_blocks();
       for (int64_t head = 0; head < walk_.num_heads; ++head) {
@@ -59,7 +64,7 @@ class ItemRun {
       more = walk_.next_block(&next);
       if (more) walk_.locate(next, there);
       walk_.next_rows = there;
-      walk_.next_count = more ? next.count : 0;
+      walk_.next_count = more ? next.count : locate_following(there);
       walk_.next_position = 0;
       if (block.dense) {
         dense.run(block, *here);
@@ -71,6 +76,20 @@ class ItemRun {
       here = there;
       there = spare;
     }
+  }
+
+  // Where this pass ends, the block to prefetch is the first of the next pass or of the following
+  // item. Returns its number of tokens.
+  int64_t locate_following(RowPointers<T>* rows) const {
+    const int64_t begin = walk_.pass_begin + walk_.max_rows;
+    const bool same_item = begin < walk_.num_rows();
+    if (!same_item && following_ == nullptr) return 0;
+    UnitWalk<T, Units> ahead(problem_, same_item ? item_ : *following_, memory_);
+    ahead.seek(same_item ? begin : 0);
+    Block block;
+    if (ahead.num_heads != walk_.num_heads || !ahead.next_block(&block)) return 0;
+    ahead.locate(block, rows);
+    return block.count;
   }
 
   void finish_row(int64_t kv_head, int64_t i) {
@@ -103,6 +122,9 @@ class ItemRun {
   }
 
   const AttentionProblem& problem_;
+  const AttentionItem& item_;
+  const AttentionItem* const following_;
+  void* const memory_;
   UnitWalk<T, Units> walk_;
   Scratch<T, Units>& scratch_;
 };
@@ -137,9 +159,10 @@ int64_t scratch_bytes(const AttentionProblem& problem) {
   return bytes;
 }
 
-void run_item(const AttentionProblem& problem, const AttentionItem& item, void* scratch) {
+void run_item(const AttentionProblem& problem, const AttentionItem& item,
+              const AttentionItem* following, void* scratch) {
   dispatch(problem.type, [&](auto tag, auto units) {
-    ItemRun<typename decltype(tag)::type, decltype(units)>(problem, item, scratch).run();
+    ItemRun<typename decltype(tag)::type, decltype(units)>(problem, item, following, scratch).run();
   });
 }
 

@@ -66,8 +66,10 @@ struct AttentionKernel {
   const char* name;
   // Bytes of scratch, aligned to 64, that each thread running work units needs.
   int64_t (*scratch_bytes)(const AttentionProblem& problem);
-  // The state of an item's rows goes to out and lse, or to the unit's partial.
-  void (*run_item)(const AttentionProblem& problem, const AttentionItem& item, void* scratch);
+  // The state of an item's rows goes to out and lse, or to the unit's partial. `following` (may be
+  // null) is the item that the thread is likely to run next: its first KV is prefetched.
+  void (*run_item)(const AttentionProblem& problem, const AttentionItem& item,
+                   const AttentionItem* following, void* scratch);
   // Merges the partial states of one query token of a tile, all heads, in the order of the units.
   void (*merge_token)(const AttentionProblem& problem, int64_t tile, int64_t token);
   // Writes the empty state to one query token, all heads.

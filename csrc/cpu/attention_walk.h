@@ -115,9 +115,19 @@ struct UnitWalk {
     return (kv_head + head) * group + (pass_begin + row) % group;
   }
 
-  void begin_pass(int64_t begin) {
+  int64_t num_rows() const { return (tile.row_end - tile.row_begin) * group; }
+
+  // To the pass whose first packed row is `begin`; its state is not touched.
+  void seek(int64_t begin) {
     pass_begin = begin;
-    rows = min(max_rows, (tile.row_end - tile.row_begin) * group - begin);
+    rows = min(max_rows, num_rows() - begin);
+    segment = unit.segment_begin;
+    position = -1;
+  }
+
+  void begin_pass(int64_t begin) {
+    seek(begin);
+    has_columns = false;
     const int64_t head_dim = problem.head_dim;
     for (int64_t head = 0; head < num_heads; ++head) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -133,9 +143,6 @@ struct UnitWalk {
         memset(scratch.o + state * scratch.o_stride, 0, scratch.o_stride * sizeof(float));
       }
     }
-    has_columns = false;
-    segment = unit.segment_begin;
-    position = -1;
   }
 
   // The next block of this pass, in the order of the segments.
