@@ -181,6 +181,23 @@ def test_empty_batch(device: str) -> None:
             assert lse.shape == (rows, 4) and bool((lse == -INF).all())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("empty", [(0,), (1,), (2,), (0, 1, 2)])
+def test_levels_without_kv(device: str, causal: bool, empty: tuple[int, ...]) -> None:
+    """A level may have groups without pages throughout, or no groups at all."""
+    for groups in (True, False):
+        forest = random_forest(6, num_levels=3, num_requests=8, max_qo_len=3, device=device)
+        for level in empty:
+            forest.kv_indptr[level] = torch.zeros_like(forest.kv_indptr[level])
+            if not groups:
+                zero = int32(0, device=device)
+                forest.qo_indptr[level] = forest.kv_indptr[level] = zero
+                forest.kv_indices[level] = forest.kv_last_page_len[level] = zero[:0]
+        out, lse = run(forest, causal=causal)
+        check((out, lse), forest, causal)
+        assert bool((lse == -INF).all()) == (len(empty) == 3)
+
+
 def test_nan_reaches_only_the_rows_that_see_it(device: str) -> None:
     """A live NaN in the last token of a causal group: its last row alone, and no other request."""
     forest = random_forest(
