@@ -30,7 +30,7 @@ def cascade_attention(
 ) -> tuple[Tensor, Tensor]:
     """Computed, and the lse returned, in float32, or in float64 where q is float64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     lse = torch.full(q.shape[:2], -math.inf, dtype=dtype, device=q.device)
     qo = [t.tolist() for t in qo_indptr]
     kv = [t.tolist() for t in kv_indptr]
@@ -62,7 +62,7 @@ def cascade_attention(
             out[begin:end], lse[begin:end] = _attend(
                 q[begin:end], torch.cat(keys), torch.cat(values), torch.cat(visible, 1), sm_scale
             )
-    return (out.to(dtype) * v_scale).to(q.dtype), lse
+    return (out * v_scale).to(q.dtype), lse
 
 
 def cascade_attention_out(
@@ -121,4 +121,4 @@ def _attend(
         )
         out = terms.sum(-2)
     out = out.permute(2, 0, 1, 3).reshape(n, h, d)
-    return out.to(q.dtype), lse.permute(2, 0, 1).reshape(n, h) / math.log(2)
+    return out, lse.permute(2, 0, 1).reshape(n, h) / math.log(2)
