@@ -290,6 +290,7 @@ def run_fresh(load: str, path: Path, inputs: tuple[Any, ...], tmp_path: Path) ->
         check=False,
         capture_output=True,
         text=True,
+        cwd=tmp_path,  # from the repository, its folder would shadow an installed wheel
     )
     assert result.returncode == 0 and "same" in result.stdout, result.stderr
 
