@@ -4,9 +4,10 @@
 //   head_dim], all of one dtype (float32, float16, bfloat16), any strides but 1 in the last
 //   dimension; schedule as in schedule.h; out as q, lse [tokens, num_qo_heads] float32, base 2.
 //
-// Threads take (work unit, KV head) items from one counter. An item's result does not depend on who
-// computes it, and partial states are merged in the order of the units, so a schedule always gives
-// the same bits. Rows of tiles without units, and rows of no tile, get the empty state.
+// Threads take items, a KV head of a work unit or a few, from one counter. An item's result does
+// not depend on who computes it, and partial states are merged in the order of the units, so a
+// schedule always gives the same bits. Rows of tiles without units, and rows of no tile, get the
+// empty state.
 //
 // The schedule is data: every index in it, and every page that it reaches, is checked before the
 // first thread starts, since nothing may be thrown from a worker.
@@ -159,6 +160,10 @@ void check_segments(const ScheduleView& view, const std::vector<Tensor>& kv_indi
                     "schedule: unit ", u, " has segments [", unit.segment_begin, ", ",
                     unit.segment_end, ") of ", view.header.num_segments);
     const Tile& tile = view.tiles[unit.tile];
+    // check_tiles has seen the partial rows of the tiles' own units only.
+    STD_TORCH_CHECK(tile.unit_begin <= u && u < tile.unit_end, "schedule: unit ", u,
+                    " is not among the units [", tile.unit_begin, ", ", tile.unit_end,
+                    ") of its tile");
     for (int64_t s = unit.segment_begin; s < unit.segment_end; ++s) {
       const Segment& segment = view.segments[s];
       STD_TORCH_CHECK(0 <= segment.level && segment.level < static_cast<int64_t>(kv_indices.size()),
@@ -204,34 +209,49 @@ CacheView cache_view(const Tensor& cache) {
   return {cache.const_data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)};
 }
 
-// Dense units one KV head at a time; streaming units as many as leave two items to each thread.
+// Dense units one KV head at a time, streaming units as many as leave each thread some items.
 std::vector<AttentionItem> make_items(const AttentionProblem& problem, int64_t num_units,
                                       int64_t threads) {
   const int64_t group = problem.num_qo_heads / problem.num_kv_heads;
+  const auto rows_of = [&](const auto& range) {
+    return (int64_t{range.row_end} - range.row_begin) * group;
+  };
   const auto streams = [&](const Unit& unit) {
     for (int64_t s = unit.segment_begin; s < unit.segment_end; ++s) {
-      const Segment& segment = problem.segments[s];
-      if ((segment.row_end - segment.row_begin) * group > kMaxGemvRows) return false;
+      if (rows_of(problem.segments[s]) > kMaxGemvRows) return false;
     }
     return true;
   };
+  // Whole tokens, where one fits.
+  const auto item_rows = [&](int64_t heads) {
+    const int64_t rows = kMaxItemRows / heads;
+    return rows > group ? rows - rows % group : rows;
+  };
   std::vector<char> streaming(num_units);
-  int64_t num_streaming = 0;
-  for (int64_t u = 0; u < num_units; ++u) {
-    streaming[u] = streams(problem.units[u]);
-    num_streaming += streaming[u];
-  }
+  for (int64_t u = 0; u < num_units; ++u) streaming[u] = streams(problem.units[u]);
+  const auto streaming_items = [&](int64_t heads) {
+    int64_t count = 0;
+    for (int64_t u = 0; u < num_units; ++u) {
+      const int64_t rows = rows_of(problem.tiles[problem.units[u].tile]);
+      if (streaming[u]) count += (rows + item_rows(heads) - 1) / item_rows(heads);
+    }
+    return count * (problem.num_kv_heads / heads);
+  };
   // Where the heads of a token are not neighbours (HND), a head's tokens are.
   const bool neighbours = problem.k.head_stride < problem.k.slot_stride;
   int64_t heads = neighbours ? std::min(kMaxItemHeads, problem.num_kv_heads) : 1;
-  while (heads > 1 && (problem.num_kv_heads % heads != 0 ||
-                       num_streaming * (problem.num_kv_heads / heads) < 2 * threads)) {
+  while (heads > 1 && (problem.num_kv_heads % heads != 0 || streaming_items(heads) < 4 * threads)) {
     --heads;
   }
   std::vector<AttentionItem> items;
   for (int64_t u = 0; u < num_units; ++u) {
-    const int64_t step = streaming[u] ? heads : 1;
-    for (int64_t h = 0; h < problem.num_kv_heads; h += step) items.push_back({u, h, h + step});
+    const int64_t num_heads = streaming[u] ? heads : 1, step = item_rows(num_heads);
+    const int64_t rows = rows_of(problem.tiles[problem.units[u].tile]);
+    for (int64_t row = 0; row < rows; row += step) {
+      for (int64_t h = 0; h < problem.num_kv_heads; h += num_heads) {
+        items.push_back({u, h, h + num_heads, row, std::min(rows, row + step)});
+      }
+    }
   }
   return items;
 }

@@ -19,7 +19,7 @@ class GemvStep {
   void run(const Block& block, const RowPointers<T>& located, int64_t head) {
     const int64_t n = block.row_end - block.row_begin, count = block.count;
     const int64_t padded = round_up(count, kLanes);
-    const int64_t state = head * walk_.max_rows + block.row_begin;
+    const int64_t state = head * walk_.rows + block.row_begin;
     const T *k[kGemvBlock], *v[kGemvBlock], *next[kGemvBlock];
     for (int64_t j = 0; j < padded; ++j) {
       k[j] = located.k[min(j, count - 1)] + head * problem_.k.head_stride;

@@ -4,8 +4,8 @@
 //   lse[t, h] = log2(sum_j exp(sm_scale * Q[t, h] . K[j]))
 //
 // q, out [tokens, num_qo_heads, head_dim], lse [tokens, num_qo_heads], k and v [pages, page_size,
-// num_kv_heads, head_dim]; accumulation in float32. One call serves one (work unit, KV head): its
-// packed rows, kMaxRows at a time, walk the unit's KV segments in blocks of tokens. Segments that
+// num_kv_heads, head_dim]; accumulation in float32. One call serves one item (attention_kernel.h):
+// its packed rows walk the work unit's KV segments in blocks of tokens. Segments that
 // many packed rows see take the dense path, the others gemv (attention_matmul.h). While one block
 // is computed the next one, of whichever segment, is prefetched.
 //
@@ -36,19 +36,16 @@ class ItemRun {
   ItemRun(const AttentionProblem& problem, const AttentionItem& item,
           const AttentionItem* following, void* memory)
       : problem_(problem),
-        item_(item),
         following_(following),
         memory_(memory),
         walk_(problem, item, memory),
         scratch_(walk_.scratch) {}
 
   void run() {
-    for (int64_t begin = 0; begin < walk_.num_rows(); begin += walk_.max_rows) {
-      walk_.begin_pass(begin);
-      run_blocks();
-      for (int64_t head = 0; head < walk_.num_heads; ++head) {
-        for (int64_t i = 0; i < walk_.rows; ++i) finish_row(head, i);
-      }
+    walk_.begin();
+    run_blocks();
+    for (int64_t head = 0; head < walk_.num_heads; ++head) {
+      for (int64_t i = 0; i < walk_.rows; ++i) finish_row(head, i);
     }
   }
 
@@ -78,14 +75,11 @@ class ItemRun {
     }
   }
 
-  // Where this pass ends, the block to prefetch is the first of the next pass or of the following
-  // item. Returns its number of tokens.
+  // After the last block the one to prefetch is the first of the following item. Returns its
+  // tokens.
   int64_t locate_following(RowPointers<T>* rows) const {
-    const int64_t begin = walk_.pass_begin + walk_.max_rows;
-    const bool same_item = begin < walk_.num_rows();
-    if (!same_item && following_ == nullptr) return 0;
-    UnitWalk<T, Units> ahead(problem_, same_item ? item_ : *following_, memory_);
-    ahead.seek(same_item ? begin : 0);
+    if (following_ == nullptr) return 0;
+    UnitWalk<T, Units> ahead(problem_, *following_, memory_);
     Block block;
     if (ahead.num_heads != walk_.num_heads || !ahead.next_block(&block)) return 0;
     ahead.locate(block, rows);
@@ -93,7 +87,7 @@ class ItemRun {
   }
 
   void finish_row(int64_t kv_head, int64_t i) {
-    const int64_t state = kv_head * walk_.max_rows + i;
+    const int64_t state = kv_head * walk_.rows + i;
     const float l = scratch_.l[state];
     const float lse = l == 0.0f ? -kInfinity : scratch_.m[state] + __builtin_log2f(l);
     const float scale = l == 0.0f ? 0.0f : 1.0f / l;
@@ -122,7 +116,6 @@ class ItemRun {
   }
 
   const AttentionProblem& problem_;
-  const AttentionItem& item_;
   const AttentionItem* const following_;
   void* const memory_;
   UnitWalk<T, Units> walk_;

@@ -49,17 +49,21 @@ struct AttentionProblem {
   const int32_t* const* kv_indices;  // one array a level
 };
 
-// What one thread computes at a time: KV heads [kv_head_begin, kv_head_end) of a work unit. More
-// than one only where no segment has over kMaxGemvRows packed rows a head: such a unit streams its
-// KV, and memory likes the heads of a token, which are neighbours, read together.
+// What one thread computes at a time: of a work unit some packed rows of its tile, for some KV
+// heads; at most kMaxItemRows rows for all its heads together. More than one head only where no
+// segment has over kMaxGemvRows packed rows a head: such a unit streams its KV, and memory likes
+// the heads of a token, which are neighbours, read together.
 struct AttentionItem {
   int64_t unit;
   int64_t kv_head_begin;
   int64_t kv_head_end;
+  int64_t row_begin;  // of the tile's (row_end - row_begin) * num_qo_heads / num_kv_heads
+  int64_t row_end;
 };
 
-constexpr int64_t kMaxGemvRows = 8;
+constexpr int64_t kMaxItemRows = 128;
 constexpr int64_t kMaxItemHeads = 8;
+constexpr int64_t kMaxGemvRows = 8;
 
 // One instruction set's kernel. No function of it throws or allocates.
 struct AttentionKernel {

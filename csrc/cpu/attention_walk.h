@@ -1,4 +1,4 @@
-// The walk of one work unit over its KV: the packed rows of a pass and their state, and the blocks
+// The walk of one item over its unit's KV: its packed rows and their state, and the blocks
 // of tokens of the unit's segments, in order, each one's successor known so that it can be
 // prefetched.
 #pragma once
@@ -10,11 +10,10 @@
 namespace flashinfer_ops {
 namespace {
 
-constexpr int64_t kMaxRows = 128;     // packed rows of one pass over the KV
 constexpr int64_t kDenseBlock = 128;  // KV tokens of a block
 constexpr int64_t kGemvBlock = 64;
 // Odd numbers of cache lines, so that a column spreads over all sets of L1.
-constexpr int64_t kRowStride = kMaxRows + kLine;
+constexpr int64_t kRowStride = kMaxItemRows + kLine;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -50,9 +49,9 @@ struct Scratch {
     q_stride = round_up(depth, kLanes);
     o_stride = round_up(problem.head_dim, kPanel);
     line_stride = kDenseBlock * kLine;
-    q_rows = arena.take<float>(kMaxRows * q_stride);
+    q_rows = arena.take<float>(kMaxItemRows * q_stride);
     q_columns = arena.take<float>(depth * kRowStride + kPanel);
-    o = arena.take<float>(kMaxRows * o_stride);
+    o = arena.take<float>(kMaxItemRows * o_stride);
     m = arena.take<float>(kRowStride);
     l = arena.take<float>(kRowStride);
     alpha = arena.take<float>(kRowStride);
@@ -69,11 +68,11 @@ struct Scratch {
   int64_t q_stride;     // of q_rows
   int64_t o_stride;     // head_dim in whole V panels
   int64_t line_stride;  // of K panels
-  float* q_rows;        // [kMaxRows][q_stride] units, zero past depth
+  float* q_rows;        // [kMaxItemRows][q_stride] units, zero past depth
   float* q_columns;     // [depth][kRowStride] units
-  float* o;             // [kMaxRows][o_stride]
-  float* m;             // [kMaxRows] running maximum of the logits, base 2
-  float* l;             // [kMaxRows] sum of 2^(logit - m)
+  float* o;             // [kMaxItemRows][o_stride]
+  float* m;             // [kMaxItemRows] running maximum of the logits, base 2
+  float* l;             // [kMaxItemRows] sum of 2^(logit - m)
   float* alpha;
   int32_t* limits;  // tokens of the block that a row sees
   float* k;         // dense: [lines][kDenseBlock][kLine] units
@@ -84,7 +83,7 @@ struct Scratch {
   int64_t bytes;
 };
 
-// Consecutive KV tokens of one segment and the packed rows of this pass that see any of them.
+// Consecutive KV tokens of one segment and the packed rows of the item that see any of them.
 struct Block {
   const Segment* segment;
   int64_t kv_begin;
@@ -95,7 +94,7 @@ struct Block {
   bool masked;  // some of the rows do not see all of the tokens
 };
 
-// Rows are numbered within the pass, the state of row i of head h is h * max_rows + i.
+// Rows are numbered within the item, the state of row i of head h is h * rows + i.
 template <typename T, typename Units>
 struct UnitWalk {
   UnitWalk(const AttentionProblem& problem, const AttentionItem& item, void* memory)
@@ -105,33 +104,22 @@ struct UnitWalk {
         kv_head(item.kv_head_begin),
         num_heads(item.kv_head_end - item.kv_head_begin),
         group(problem.num_qo_heads / problem.num_kv_heads),
-        scratch(problem, memory) {
-    max_rows = kMaxRows / num_heads;
-    if (max_rows > group) max_rows -= max_rows % group;  // no token in two passes
-  }
+        first_row(item.row_begin),
+        rows(item.row_end - item.row_begin),
+        scratch(problem, memory),
+        segment(unit.segment_begin) {}
 
-  int64_t token_of(int64_t row) const { return tile.row_begin + (pass_begin + row) / group; }
+  int64_t token_of(int64_t row) const { return tile.row_begin + (first_row + row) / group; }
   int64_t qo_head_of(int64_t head, int64_t row) const {
-    return (kv_head + head) * group + (pass_begin + row) % group;
+    return (kv_head + head) * group + (first_row + row) % group;
   }
 
-  int64_t num_rows() const { return (tile.row_end - tile.row_begin) * group; }
-
-  // To the pass whose first packed row is `begin`; its state is not touched.
-  void seek(int64_t begin) {
-    pass_begin = begin;
-    rows = min(max_rows, num_rows() - begin);
-    segment = unit.segment_begin;
-    position = -1;
-  }
-
-  void begin_pass(int64_t begin) {
-    seek(begin);
-    has_columns = false;
+  // Makes the state of all rows empty.
+  void begin() {
     const int64_t head_dim = problem.head_dim;
     for (int64_t head = 0; head < num_heads; ++head) {
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t state = head * max_rows + i;
+        const int64_t state = head * rows + i;
         const T* q = static_cast<const T*>(problem.q) + token_of(i) * problem.q_token_stride +
                      qo_head_of(head, i) * problem.q_head_stride;
         float* row = scratch.q_rows + state * scratch.q_stride;
@@ -145,12 +133,12 @@ struct UnitWalk {
     }
   }
 
-  // The next block of this pass, in the order of the segments.
+  // The next block of tokens that any row sees, in the order of the segments.
   bool next_block(Block* block) {
     for (; segment < unit.segment_end; ++segment, position = -1) {
       const Segment& current = problem.segments[segment];
-      const int64_t first = (current.row_begin - tile.row_begin) * group - pass_begin;
-      const int64_t last = (current.row_end - tile.row_begin) * group - pass_begin;
+      const int64_t first = (current.row_begin - tile.row_begin) * group - first_row;
+      const int64_t last = (current.row_end - tile.row_begin) * group - first_row;
       block->row_begin = max(first, 0);
       block->row_end = min(last, rows);
       if (block->row_begin >= block->row_end) continue;
@@ -172,7 +160,7 @@ struct UnitWalk {
       block->masked = false;
       if (causal) {
         const int64_t token = position - current.diagonal;  // the first that sees any of it
-        block->row_begin = max(block->row_begin, (token - tile.row_begin) * group - pass_begin);
+        block->row_begin = max(block->row_begin, (token - tile.row_begin) * group - first_row);
         block->masked = token_of(block->row_begin) + current.diagonal < position + block->count - 1;
       }
       position += block->count;
@@ -239,13 +227,12 @@ struct UnitWalk {
   const int64_t kv_head;    // the first of num_heads
   const int64_t num_heads;  // 1 where a segment is dense
   const int64_t group;      // query heads of a KV head
+  const int64_t first_row;  // of the tile's packed rows
+  const int64_t rows;       // as many
   Scratch<T, Units> scratch;
 
-  int64_t max_rows = 0;      // of a pass
-  int64_t pass_begin = 0;    // first packed row of the tile in this pass
-  int64_t rows = 0;          // of this pass
-  bool has_columns = false;  // q_columns holds this pass
-  int64_t segment = 0;
+  bool has_columns = false;  // q_columns holds the rows
+  int64_t segment;
   int64_t position = -1;  // next KV token of the segment, -1 before its first block
   int64_t step = 0;       // tokens of its blocks
   const RowPointers<T>* next_rows = nullptr;
