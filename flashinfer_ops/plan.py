@@ -128,8 +128,10 @@ def plan_cascade(
         >>> len(plan.kv_indices)
         2
     """
+    arrays = (qo_indptr, kv_indptr, kv_indices, kv_last_page_len)
+    check_arguments(arrays, num_qo_heads, num_kv_heads, head_dim, page_size, max_tokens)
     return make_plan(
-        (qo_indptr, kv_indptr, kv_indices, kv_last_page_len),
+        arrays,
         None,
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
@@ -155,9 +157,7 @@ def make_plan(
     sm_scale: float | None,
     out: CascadePlan | None,
 ) -> CascadePlan:
-    """`plan_cascade` for a plan on `device` (default: where the first array is)."""
-    _check_arrays(arrays)
-    _check_numbers(num_qo_heads, num_kv_heads, head_dim, page_size, max_tokens)
+    """`plan_cascade` of checked arguments, on `device` (default: where the first array is)."""
     if sm_scale is None:
         sm_scale = float(head_dim) ** -0.5
     numbers: dict[str, Any] = {
@@ -186,17 +186,29 @@ def make_plan(
         for name, given in zip(_ARRAYS, arrays, strict=True):
             for level, array in enumerate(given):
                 check_device(f"{name}[{level}]", array, device, "qo_indptr[0]")
-        buffers = [list(given) for given in arrays]
-    else:
-        buffers = [
+        qo, kv, indices, last = (list(given) for given in arrays)
+        schedule = _ops.cascade_plan.default(qo, kv, last, *shape)
+        return CascadePlan(qo, kv, indices, last, schedule, **numbers)
+    with torch.inference_mode(False):  # an inference tensor could not be planned into outside of it
+        qo, kv, indices, last = (
             [_with_capacity(name, array, device) for array in given]
             for name, given in zip(_ARRAYS, arrays, strict=True)
-        ]
-    schedule = _ops.cascade_plan.default(buffers[0], buffers[1], buffers[3], *shape)
-    if not torch.compiler.is_compiling():
-        torch._dynamo.maybe_mark_dynamic(schedule, 0)
-    qo, kv, indices, last = buffers
-    return CascadePlan(qo, kv, indices, last, schedule, **numbers)
+        )
+    return CascadePlan(qo, kv, indices, last, new_schedule(qo, kv, last, *shape), **numbers)
+
+
+def new_schedule(
+    qo_indptr: list[Tensor],
+    kv_indptr: list[Tensor],
+    kv_last_page_len: list[Tensor],
+    *shape: int,
+) -> Tensor:
+    """A schedule that later plans may be written into, made outside of a trace."""
+    with torch.inference_mode(False):
+        arrays = (qo_indptr, kv_indptr, kv_last_page_len)
+        schedule: Tensor = _ops.cascade_plan.default(*arrays, *shape)
+    torch._dynamo.maybe_mark_dynamic(schedule, 0)
+    return schedule
 
 
 def fits(arrays: tuple[Sequence[Tensor], ...], plan: CascadePlan) -> bool:
@@ -231,6 +243,19 @@ def _fill(buffer: Tensor, array: Tensor, repeat_last: bool) -> None:
         tail.copy_(buffer[length - 1 : length].expand(tail.shape[0]))
     else:
         tail.zero_()
+
+
+def check_arguments(
+    arrays: tuple[Sequence[Tensor], ...],
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    max_tokens: int | None,
+) -> None:
+    """What `plan_cascade` and the wrappers take, but for `out`."""
+    _check_arrays(arrays)
+    _check_numbers(num_qo_heads, num_kv_heads, head_dim, page_size, max_tokens)
 
 
 def _check_arrays(arrays: tuple[Sequence[Tensor], ...]) -> None:

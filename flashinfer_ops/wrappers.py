@@ -13,7 +13,7 @@ from .attention import cascade_attention
 from .checks import check_device, check_index, check_tensor
 from .merge import merge_state_in_place
 from .page import PagedKVCache, check_layout
-from .plan import CascadePlan, fits, make_plan
+from .plan import CascadePlan, check_arguments, fits, make_plan, new_schedule
 
 _Arrays = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
@@ -179,6 +179,7 @@ class MultiLevelCascadeAttentionWrapper:
         )
         dtypes = _data_types(q_data_type, kv_data_type)
         arrays = (qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len)
+        check_arguments(arrays, num_qo_heads, num_kv_heads, head_dim, page_size, None)
         if self._num_levels is not None and len(qo_indptr_arr) != self._num_levels:
             raise ValueError(
                 f"qo_indptr_arr has {len(qo_indptr_arr)} levels, expected num_levels = "
@@ -294,8 +295,7 @@ class MultiLevelCascadeAttentionWrapper:
                 torch._dynamo.maybe_mark_dynamic(buffer, 0)
         qo, kv, indices, last = buffers
         shape = [numbers[n] for n in ("num_qo_heads", "num_kv_heads", "head_dim", "page_size")]
-        schedule = torch.ops.flashinfer_ops.cascade_plan(qo, kv, last, *shape, numbers["causal"])
-        torch._dynamo.maybe_mark_dynamic(schedule, 0)
+        schedule = new_schedule(qo, kv, last, *shape, numbers["causal"])
         return CascadePlan(qo, kv, indices, last, schedule, **numbers)
 
 

@@ -413,6 +413,14 @@ def test_bad_contents_raise_on_the_cpu() -> None:
         cascade_attention(forest.q, forest.cache[:2], plan)
     with pytest.raises(RuntimeError, match=r"the schedule was planned for \d+ tokens, q has 1"):
         cascade_attention(forest.q[:1], forest.cache, plan)
+    kept = plan.schedule.clone()
     plan.schedule[:16] = 1 << 29
     with pytest.raises(RuntimeError, match=r"schedule: "):
+        cascade_attention(forest.q, forest.cache, plan)
+    # Header words: 1 tiles, 2 units, 6 where the units are; a unit: tile, segments, partial row.
+    plan.schedule.copy_(kept)
+    orphan = int(kept[6]) + 4 * int(kept[2])
+    plan.schedule[orphan : orphan + 4] = int32(0, 0, 0, 1 << 29)
+    plan.schedule[2] += 1
+    with pytest.raises(RuntimeError, match=r"schedule: unit \d+ is not among the units"):
         cascade_attention(forest.q, forest.cache, plan)

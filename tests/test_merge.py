@@ -200,9 +200,16 @@ def test_an_infinite_lse_dominates(device: str) -> None:
     assert merged.tolist() == [[[3.0] * 3]] and lse.item() == INF
 
 
-def test_nan_comes_out(device: str) -> None:
-    merged, lse = flashinfer_ops.merge_state(*row(1.0, NAN, device), *row(1.0, 0.0, device))
+@pytest.mark.parametrize("other", [0.0, INF, -INF])
+@pytest.mark.parametrize("nan_first", [True, False])
+def test_nan_comes_out(device: str, other: float, nan_first: bool) -> None:
+    pair = [row(1.0, NAN, device), row(1.0, other, device)]
+    (v_a, s_a), (v_b, s_b) = pair if nan_first else pair[::-1]
+    merged, lse = flashinfer_ops.merge_state(v_a, s_a, v_b, s_b)
     assert bool(merged.isnan().all()) and bool(lse.isnan().all())
+    one = torch.ones_like(s_a)
+    o, m, d = flashinfer_ops.merge_state(v_a, s_a, one, v_b, s_b, one)
+    assert bool(o.isnan().all()) and bool(m.isnan().all()) and bool(d.isnan().all())
 
 
 def test_negative_denominators_compute_the_formula(device: str) -> None:

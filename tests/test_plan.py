@@ -308,3 +308,15 @@ def test_bad_contents_raise_on_the_cpu(name: str, value: tuple[int, ...], messag
     check_schedule(flashinfer_ops.plan_cascade(**arrays, **numbers))
     with pytest.raises(RuntimeError, match=message):
         flashinfer_ops.plan_cascade(**{**arrays, name: [int32(*value)]}, **numbers)
+    with pytest.raises(RuntimeError, match="page_size is .*, expected 1 or more, below 2"):
+        flashinfer_ops.plan_cascade(**arrays, **{**numbers, "page_size": 1 << 40})
+
+
+def test_plan_of_inference_mode_outside_of_it(device: str) -> None:
+    forest = random_forest(3, num_levels=2, num_requests=5, device=device)
+    with torch.inference_mode():
+        plan = plan_of(forest)
+    assert not any(t.is_inference() for t in [plan.schedule, *plan.qo_indptr, *plan.kv_indices])
+    assert plan_of(forest, out=plan) is plan
+    with torch.inference_mode():
+        assert plan_of(forest, out=plan) is plan

@@ -188,6 +188,12 @@ def test_refusals(device: str) -> None:
         rope_scale=1.0,
         rope_theta=1e4,
     )
+    for i in range(4):  # on a re-plan, too, each argument is looked at before any is used
+        arrays = [*forest.arrays[:i], [[0, 1], [0, 1]], *forest.arrays[i + 1 :]]
+        with pytest.raises(TypeError, match=r"is a list, expected a torch.Tensor"):
+            wrapper.plan(*arrays, **forest.numbers)
+    with pytest.raises(ValueError, match="head_dim is 0, expected 1 or more"):
+        wrapper.plan(*forest.arrays, **{**forest.numbers, "head_dim": 0})
     with pytest.raises(
         ValueError, match=r"q has dtype torch.float16, expected torch.float32 as pl"
     ):

@@ -33,7 +33,8 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef int32_t UnalignedIntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+// Also loads pairs of 16-bit elements, which any even address may begin.
+typedef int32_t UnalignedIntVec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 typedef uint16_t UnalignedHalfVec __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
 // Storage types of the 16-bit formats.

@@ -112,7 +112,7 @@ Tensor unit_stride_rows(const Tensor& v) {
 float relative_weight(float x, float max) { return x == max ? 1.0f : std::exp2(x - max); }
 
 // The larger one; NaN wins, so that it comes out.
-float max_nan(float a, float b) { return b <= a ? a : b; }
+float max_nan(float a, float b) { return b <= a || std::isnan(a) ? a : b; }
 
 // Turns lse[0..num) into the states' weights, in place, and returns the merged lse.
 float weights_from_lse(float* lse, int64_t num) {

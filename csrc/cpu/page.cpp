@@ -28,6 +28,7 @@ void append_paged_kv_cache_(const Tensor& append_key_in, const Tensor& append_va
   const int64_t num_pages = k_cache.size(0), page_size = k_cache.size(1),
                 num_heads = k_cache.size(2), head_dim = k_cache.size(3);
   check_sizes(v_cache, {num_pages, page_size, num_heads, head_dim}, "v_cache");
+  STD_TORCH_CHECK(page_size > 0, "k_cache has pages of no tokens");
   check_sizes(append_key_in, {-1, num_heads, head_dim}, "append_key");
   const int64_t nnz = append_key_in.size(0);
   check_sizes(append_value_in, {nnz, num_heads, head_dim}, "append_value");

@@ -261,7 +261,8 @@ void cascade_plan_out(const std::vector<Tensor>& qo_indptr, const std::vector<Te
   STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0,
                   "num_qo_heads is ", num_qo_heads,
                   ", expected a multiple of num_kv_heads = ", num_kv_heads);
-  STD_TORCH_CHECK(page_size > 0, "page_size is ", page_size, ", expected 1 or more");
+  STD_TORCH_CHECK(page_size > 0 && page_size < kNoDiagonal, "page_size is ", page_size,
+                  ", expected 1 or more, below 2^30");
   std::vector<Level> levels = host_levels(qo_indptr, kv_indptr, kv_last_page_len, page_size);
   const ScheduleCapacity capacity(kv_indptr);
   check_index(schedule, "schedule");
