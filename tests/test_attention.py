@@ -413,6 +413,12 @@ def test_bad_contents_raise_on_the_cpu() -> None:
         cascade_attention(forest.q, forest.cache[:2], plan)
     with pytest.raises(RuntimeError, match=r"the schedule was planned for \d+ tokens, q has 1"):
         cascade_attention(forest.q[:1], forest.cache, plan)
+    for expanded in (
+        {"out": forest.q[:1].clone().expand(forest.q.shape)},
+        {"lse": torch.zeros(1, 1).expand(forest.q.shape[:2])},
+    ):
+        with pytest.raises(RuntimeError, match="is written, but its elements"):
+            cascade_attention(forest.q, forest.cache, plan, **expanded)
     kept = plan.schedule.clone()
     plan.schedule[:16] = 1 << 29
     with pytest.raises(RuntimeError, match=r"schedule: "):

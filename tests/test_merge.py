@@ -335,3 +335,14 @@ def test_bad_indptr_raises_on_the_cpu(indptr: tuple[int, ...]) -> None:
     (v,), (s,) = states(1, (4, 2, 8))
     with pytest.raises(RuntimeError, match=r"indptr must not decrease and must stay within the 4"):
         flashinfer_ops.variable_length_merge_states(v, s, int32(*indptr))
+
+
+def test_an_expanded_state_is_not_written() -> None:
+    v, s = torch.zeros(1, 2, 8).expand(3, 2, 8), torch.zeros(1, 2).expand(3, 2)
+    other = torch.ones(3, 2, 8), torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="v is written, but its elements in dim 0"):
+        flashinfer_ops.merge_state_in_place(v, s, *other)
+    with pytest.raises(RuntimeError, match="s is written, but its elements in dim 0"):
+        flashinfer_ops.merge_state_in_place(v.clone(), s, *other)
+    with pytest.raises(RuntimeError, match="d is written, but its elements in dim 0"):
+        flashinfer_ops.merge_state_in_place(v.clone(), s.clone(), s, *other, s)

@@ -238,5 +238,7 @@ def test_bad_targets_leave_the_cache_as_it_was(name: str, value: int, message: s
     with pytest.raises(RuntimeError, match=r"kv_indices\[\d+\] is 1000000, outside of the cache"):
         append.run(cache, kv_indices=pages)
     assert torch.equal(cache, append.cache)
+    with pytest.raises(RuntimeError, match="k_cache is written, but its elements in dim 0"):
+        append.run(cache[:1].expand(cache.shape))
     with pytest.raises(RuntimeError, match="k_cache has pages of no tokens"):
         append.run(cache[:, :, :0])

@@ -46,6 +46,14 @@ inline void check_last_dim_contiguous(const Tensor& t, const char* name) {
                   t.stride(t.dim() - 1));
 }
 
+// An expanded tensor cannot be written: threads would race for its elements.
+inline void check_writable(const Tensor& t, const char* name) {
+  for (int64_t dim = 0; dim < t.dim(); ++dim) {
+    STD_TORCH_CHECK(t.size(dim) <= 1 || t.stride(dim) != 0, name,
+                    " is written, but its elements in dim ", dim, " share one place in memory");
+  }
+}
+
 // An int32 index array: one-dimensional and contiguous.
 inline void check_index(const Tensor& t, const char* name) {
   check_dtype(t, ScalarType::Int, name);

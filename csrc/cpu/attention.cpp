@@ -289,6 +289,8 @@ void cascade_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, std::vector
   check_last_dim_contiguous(k_cache, "k_cache");
   check_last_dim_contiguous(v_cache, "v_cache");
   check_last_dim_contiguous(out, "out");
+  check_writable(out, "out");
+  check_writable(lse, "lse");
   if (num_tokens == 0 || num_qo_heads == 0) return;
   STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0, "num_qo_heads is ",
                   num_qo_heads, ", not a multiple of num_kv_heads, which is ", num_kv_heads);

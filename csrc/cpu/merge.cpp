@@ -263,6 +263,8 @@ void merge_state_(const Tensor& v, const Tensor& s, const Tensor& v_other, const
   check_state(v_other, v, {&s_other});
   check_dtype(s, ScalarType::Float, "s");
   check_last_dim_contiguous(v, "v");
+  check_writable(v, "v");
+  check_writable(s, "s");
   merge_pair(v, s, unit_stride_rows(v_other), as_float32(s_other), v, s,
              TokenMask(mask, v.size(0)));
 }
@@ -277,6 +279,9 @@ void merge_state_omd_(const Tensor& o, const Tensor& m, const Tensor& d, const T
   check_dtype(m, ScalarType::Float, "m");
   check_dtype(d, ScalarType::Float, "d");
   check_last_dim_contiguous(o, "o");
+  check_writable(o, "o");
+  check_writable(m, "m");
+  check_writable(d, "d");
   merge_pair_omd(o, m, d, unit_stride_rows(o_other), as_float32(m_other), as_float32(d_other), o, m,
                  d, TokenMask(mask, o.size(0)));
 }

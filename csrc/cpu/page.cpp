@@ -37,6 +37,8 @@ void append_paged_kv_cache_(const Tensor& append_key_in, const Tensor& append_va
   }
   check_last_dim_contiguous(k_cache, "k_cache");
   check_last_dim_contiguous(v_cache, "v_cache");
+  check_writable(k_cache, "k_cache");
+  check_writable(v_cache, "v_cache");
   check_index(batch_indices, "batch_indices");
   check_index(positions, "positions");
   check_index(kv_indices, "kv_indices");
