@@ -37,7 +37,7 @@ $(VENV)/.build: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.build
-	$(BIN)/pip install --no-build-isolation -e ".[test,lint,docs,bench]"
+	$(BIN)/pip install --no-build-isolation -e ".[test,lint,docs,bench,demo]"
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.build
