@@ -6,11 +6,11 @@ from .merge import (
     merge_states,
     variable_length_merge_states,
 )
-from .wrappers import (
+from .shared_prefix import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper,
-    MultiLevelCascadeAttentionWrapper,
 )
+from .wrappers import MultiLevelCascadeAttentionWrapper
 
 __all__ = [
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper",

@@ -117,7 +117,7 @@ def plan_cascade(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or one that
             does not fit into `out`; `out` is then unchanged.
         RuntimeError: on the CPU, index arrays whose contents are no forest (a decreasing indptr, a
-            last page longer than a page).
+            last page longer than a page); `out` is then unchanged.
 
     Example:
         >>> import torch, flashinfer_ops
@@ -172,13 +172,7 @@ def make_plan(
     shape = (num_qo_heads, num_kv_heads, head_dim, page_size, bool(causal))
     if out is not None:
         _check_fits(arrays, numbers, out)
-        for name, given in zip(_ARRAYS, arrays, strict=True):
-            for buffer, array in zip(getattr(out, name), given, strict=True):
-                if array is not buffer:
-                    _fill(buffer, array, repeat_last=name.endswith("indptr"))
-        _ops.cascade_plan.out(
-            out.qo_indptr, out.kv_indptr, out.kv_last_page_len, *shape, out.schedule
-        )
+        _plan_into(out, arrays, shape)
         return out
 
     device = device or arrays[0][0].device
@@ -195,6 +189,31 @@ def make_plan(
             for name, given in zip(_ARRAYS, arrays, strict=True)
         )
     return CascadePlan(qo, kv, indices, last, new_schedule(qo, kv, last, *shape), **numbers)
+
+
+def _plan_into(
+    out: CascadePlan, arrays: tuple[Sequence[Tensor], ...], shape: tuple[int, ...]
+) -> None:
+    """Copy the arrays into the plan's own, where they are not those, and plan them."""
+    copies = [
+        (buffer, array, name.endswith("indptr"))
+        for name, given in zip(_ARRAYS, arrays, strict=True)
+        for buffer, array in zip(getattr(out, name), given, strict=True)
+        if array is not buffer
+    ]
+    # On the CPU the planner looks at the contents and may refuse them: then all is put back.
+    refusable = out.schedule.device.type == "cpu" and not torch.compiler.is_compiling()
+    before = [buffer.clone() for buffer, _, _ in copies] if refusable else []
+    for buffer, array, is_indptr in copies:
+        _fill(buffer, array, repeat_last=is_indptr)
+    try:
+        _ops.cascade_plan.out(
+            out.qo_indptr, out.kv_indptr, out.kv_last_page_len, *shape, out.schedule
+        )
+    except RuntimeError:
+        for (buffer, _, _), old in zip(copies, before, strict=False):
+            buffer.copy_(old)
+        raise
 
 
 def new_schedule(

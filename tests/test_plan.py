@@ -305,9 +305,16 @@ def test_bad_contents_raise_on_the_cpu(name: str, value: tuple[int, ...], messag
         "kv_last_page_len": [int32(3, 4)],
     }
     numbers = {"num_qo_heads": 2, "num_kv_heads": 1, "head_dim": 8, "page_size": 16}
-    check_schedule(flashinfer_ops.plan_cascade(**arrays, **numbers))
+    plan = flashinfer_ops.plan_cascade(**arrays, **numbers)
+    check_schedule(plan)
+    bad = {**arrays, name: [int32(*value)]}
     with pytest.raises(RuntimeError, match=message):
-        flashinfer_ops.plan_cascade(**{**arrays, name: [int32(*value)]}, **numbers)
+        flashinfer_ops.plan_cascade(**bad, **numbers)
+    held = [*plan.qo_indptr, *plan.kv_indptr, *plan.kv_last_page_len, plan.schedule]
+    before = [t.clone() for t in held]
+    with pytest.raises(RuntimeError, match=message):
+        flashinfer_ops.plan_cascade(**bad, **numbers, out=plan)
+    assert all(map(torch.equal, held, before))
     with pytest.raises(RuntimeError, match="page_size is .*, expected 1 or more, below 2"):
         flashinfer_ops.plan_cascade(**arrays, **{**numbers, "page_size": 1 << 40})
 
