@@ -27,10 +27,10 @@ class GemvStep {
     }
     find_ahead(walk_.next_rows->k, problem_.k.head_stride, head * count, padded, 1, k, next);
     if (problem_.head_dim % kWidth != 0) pad_rows(padded, k, v);
-    for (int64_t j = 0; j < padded; j += kLanes) {
+    for (int64_t j = 0; j < count; j += kLanes) {
       for (int64_t r = 0; r < n; r += kGemvRows) {
         QkTable<>::kTable[min(kGemvRows, n - r) - 1](
-            k + j, (r == 0 ? next : k) + j, kLanes,
+            k + j, (r == 0 ? next : k) + j, min(kLanes, count - j),
             scratch_.q_rows + (state + r) * scratch_.q_stride, scratch_.q_stride, scratch_.q_stride,
             problem_.scale_log2, scratch_.s + r * kGemvBlock + j, kGemvBlock);
       }

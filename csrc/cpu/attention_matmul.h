@@ -126,7 +126,7 @@ inline Vec load_units(const T* p) {
 }
 
 // s[r][j] = scale * sum_d q[r][d] k[j][d] for R <= 4 rows and tokens [0, n).
-//   k     one pointer a token; n is rounded up to kLanes, pointers past n repeat a valid row
+//   k     one pointer a token; up to the next multiple of kLanes they are valid
 //   next  rows to prefetch, one a token: one cache line for each that is read, since a burst of
 //         prefetches would stop the core until memory has answered
 //   depth, in units, is a multiple of kLanes
