@@ -1,14 +1,12 @@
 // What every operator's C++ file needs of PyTorch's stable ABI: short names, checks of what memory
-// safety rests on, dispatch over the floating dtypes.
+// safety rests on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -18,8 +16,6 @@
 
 namespace flashinfer_ops {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -64,27 +60,6 @@ inline void check_index(const Tensor& t, const char* name) {
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   std::vector<int64_t> shape(sizes);
   return torch::stable::new_empty(like, shape, dtype);
-}
-
-template <typename scalar_t>
-struct TypeTag {
-  using type = scalar_t;
-};
-
-// Calls f(TypeTag<scalar_t>{}) for float, Half or BFloat16.
-template <typename F>
-void dispatch_floating(ScalarType dtype, const char* name, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(TypeTag<float>{});
-    case ScalarType::Half:
-      return f(TypeTag<Half>{});
-    case ScalarType::BFloat16:
-      return f(TypeTag<BFloat16>{});
-    default:
-      STD_TORCH_CHECK(false, name, " has dtype ", toString(dtype),
-                      ", expected float32, float16 or bfloat16");
-  }
 }
 
 }  // namespace flashinfer_ops

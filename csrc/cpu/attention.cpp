@@ -18,51 +18,11 @@
 #include <new>
 
 #include "common/stable.h"
-#include "cpu/attention_kernel.h"
+#include "cpu/capability.h"
 
 namespace flashinfer_ops {
 
-#if defined(FLASHINFER_OPS_X86_KERNELS)
-namespace avx512_bf16 {
-extern const AttentionKernel kAttentionKernel;
-}
-namespace avx512 {
-extern const AttentionKernel kAttentionKernel;
-}
-namespace avx2 {
-extern const AttentionKernel kAttentionKernel;
-}
-#endif
-namespace baseline {
-extern const AttentionKernel kAttentionKernel;
-}
-
 namespace {
-
-// The kernels that this machine can run, best first.
-std::vector<const AttentionKernel*> supported_kernels() {
-  std::vector<const AttentionKernel*> kernels;
-#if defined(FLASHINFER_OPS_X86_KERNELS)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-    kernels.push_back(&avx512_bf16::kAttentionKernel);
-  }
-  if (avx512) kernels.push_back(&avx512::kAttentionKernel);
-  if (avx2) kernels.push_back(&avx2::kAttentionKernel);
-#endif
-  kernels.push_back(&baseline::kAttentionKernel);
-  return kernels;
-}
-
-std::atomic<const AttentionKernel*>& selected_kernel() {
-  static std::atomic<const AttentionKernel*> kernel{supported_kernels().front()};
-  return kernel;
-}
 
 // Grow-only scratch of the calling thread, shared out to the workers: allocating it anew each call
 // would cost a page fault every 4 KB.
@@ -337,7 +297,7 @@ void cascade_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, std::vector
     problem.partial_lse = partial_lse.mutable_data_ptr<float>();
   }
 
-  const AttentionKernel& kernel = *selected_kernel().load(std::memory_order_relaxed);
+  const AttentionKernel& kernel = *cpu_kernels().attention;
   const int64_t max_threads = torch::stable::get_num_threads();
   const std::vector<AttentionItem> items = make_items(problem, view.header.num_units, max_threads);
   const int64_t num_items = static_cast<int64_t>(items.size());
@@ -387,21 +347,5 @@ STABLE_TORCH_LIBRARY_IMPL(flashinfer_ops, CPU, m) {
 }
 
 }  // namespace
-
-// The instruction set whose attention kernel runs, one of avx512_bf16, avx512, avx2, baseline.
-extern "C" __attribute__((visibility("default"))) const char* flashinfer_ops_cpu_capability() {
-  return selected_kernel().load()->name;
-}
-
-// Chooses it by name, for tests; 0 if the name is not known or this machine cannot run it.
-extern "C" __attribute__((visibility("default"))) int flashinfer_ops_set_cpu_capability(
-    const char* name) {
-  for (const AttentionKernel* kernel : supported_kernels()) {
-    if (std::strcmp(kernel->name, name) != 0) continue;
-    selected_kernel() = kernel;
-    return 1;
-  }
-  return 0;
-}
 
 }  // namespace flashinfer_ops

@@ -11,48 +11,18 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string_view>
 
 #include "common/stable.h"
-#include "cpu/merge_kernel.h"
-
-extern "C" const char* flashinfer_ops_cpu_capability();
+#include "cpu/capability.h"
 
 namespace flashinfer_ops {
-
-namespace baseline {
-extern const MergeKernel kMergeKernel;
-}
-#ifdef FLASHINFER_OPS_X86_KERNELS
-namespace avx2 {
-extern const MergeKernel kMergeKernel;
-}
-namespace avx512 {
-extern const MergeKernel kMergeKernel;
-}
-namespace avx512_bf16 {
-extern const MergeKernel kMergeKernel;
-}
-#endif
-
 namespace {
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr int64_t kGrainElements = 32768;  // elements a thread should at least have to itself
 
-const MergeKernel& merge_kernel() {
-  const std::string_view capability = flashinfer_ops_cpu_capability();
-#ifdef FLASHINFER_OPS_X86_KERNELS
-  for (const MergeKernel* kernel :
-       {&avx512_bf16::kMergeKernel, &avx512::kMergeKernel, &avx2::kMergeKernel}) {
-    if (capability == kernel->name) return *kernel;
-  }
-#endif
-  return baseline::kMergeKernel;
-}
-
 WeightedSum weighted_sum(const Tensor& v, const char* name) {
-  const MergeKernel& kernel = merge_kernel();
+  const MergeKernel& kernel = *cpu_kernels().merge;
   switch (v.scalar_type()) {
     case ScalarType::Float:
       return kernel.float32;

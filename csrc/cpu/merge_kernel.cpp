@@ -23,10 +23,7 @@ void weighted_sum(void* out, const void* const* rows, const float* weights, int6
 
 namespace FLASHINFER_OPS_CAPABILITY {
 extern const MergeKernel kMergeKernel;
-#define FLASHINFER_OPS_STRINGIZE_(x) #x
-#define FLASHINFER_OPS_STRINGIZE(x) FLASHINFER_OPS_STRINGIZE_(x)
-const MergeKernel kMergeKernel = {FLASHINFER_OPS_STRINGIZE(FLASHINFER_OPS_CAPABILITY),
-                                  weighted_sum<float>, weighted_sum<Float16>,
+const MergeKernel kMergeKernel = {weighted_sum<float>, weighted_sum<Float16>,
                                   weighted_sum<BFloat16>};
 }  // namespace FLASHINFER_OPS_CAPABILITY
 

@@ -14,7 +14,6 @@ using WeightedSum = void (*)(void* out, const void* const* rows, const float* we
                              int64_t num_rows, int64_t dim);
 
 struct MergeKernel {
-  const char* name;  // of the instruction set
   WeightedSum float32;
   WeightedSum float16;
   WeightedSum bfloat16;
