@@ -18,8 +18,10 @@ from .plan import CascadePlan, plan_cascade
 
 __version__ = _version("flashinfer-ops")
 
-# The C++ kernels take the CPU, plain PyTorch any device that has no kernels of its own.
+# The C++ kernels take the CPU, and CUDA where torch has it and the library was built; plain PyTorch
+# takes any device that has no kernels of its own.
 native.load("_C")
+native.load_cuda()
 reference.register()
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import sys
 
@@ -28,7 +29,18 @@ def served_by(operator: str, device: torch.device) -> str:
     key = _KEYS[device.type]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operator}", key):
         return f"reference (plain PyTorch: no {key} kernel is registered)"
+    if key == "CUDA":
+        if operator in native.load_cuda():
+            return "C++ from _C_cuda"
+        return f"Triton ({_why_not_native()})"
     return f"C++ from _C ({native.cpu_capability()}, the best this processor runs)"
+
+
+def _why_not_native() -> str:
+    """Why the C++ CUDA library does not serve an operator on CUDA."""
+    if importlib.util.find_spec("flashinfer_ops._C_cuda") is None:
+        return "_C_cuda was not built: no nvcc was there, or FLASHINFER_OPS_CUDA was off"
+    return "_C_cuda has no kernel for it"
 
 
 def self_check(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,9 +8,11 @@ from functools import cache
 
 import torch
 
+from .meta import NAMESPACE
+
 _MEND = (
     "Install the package again with `pip install --no-build-isolation .` (or `-e .`) in this "
-    "environment, with torch >= 2.10 and a C++ compiler."
+    "environment, with torch >= 2.10 and a C++ compiler (and nvcc for the CUDA library)."
 )
 
 
@@ -32,6 +34,31 @@ def load(name: str) -> ctypes.CDLL:
             f"{torch.__version__}: {error}. {_MEND}"
         ) from error
     return ctypes.CDLL(spec.origin)
+
+
+@cache
+def load_cuda() -> frozenset[str]:
+    """Load the CUDA library where torch has CUDA; the operators whose CUDA kernels it registered.
+
+    The set is empty under a CPU-only torch, which cannot load the library, and where the package
+    was built without nvcc: the portable kernels serve CUDA there. A library that is there and does
+    not load raises `ImportError`.
+    """
+    if torch.version.cuda is None or importlib.util.find_spec("flashinfer_ops._C_cuda") is None:
+        return frozenset()
+    before = _cuda_operators()
+    load("_C_cuda")
+    return _cuda_operators() - before
+
+
+def _cuda_operators() -> frozenset[str]:
+    """Our operators, as `op` or `op.overload`, that have a kernel of their own for CUDA."""
+    return frozenset(
+        name.removeprefix(f"{NAMESPACE}::").removesuffix(".default")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(f"{NAMESPACE}::")
+        and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    )
 
 
 def cpu_capability() -> str:

@@ -1,0 +1,129 @@
+// The schedule that cascade_plan writes and cascade_attention reads on a GPU: one int32 tensor.
+//
+//   header | tiles | matrix units | stream units | segments | own pieces | planner's work space
+//
+// The query rows are cut into tiles of about 128 packed rows. What a tile's rows see is either
+// walked by the tile's matrix units, all its rows at once, or belongs to an own piece: a group's
+// rows and KV within the tile, with stream units of its own.
+//
+//   MatrixUnit   a tile and a run of its walk: first granules, then segments
+//   Segment      KV tokens of one group that the tile's rows, or some of them, see
+//   granule      a Segment of at most kGranule tokens; four of them fill a block of columns, so
+//                that short nodes of a tree share the block's product
+//   StreamUnit   up to 16 packed rows of an own piece and a run of its KV
+//   OwnPiece     rows of a tile and the number and first rank of the states they have from it
+//
+// A row's states have ranks: those of its tile's matrix units first, then its own pieces', level by
+// level. A tile with more than one rank has scratch rows for partial states, [rank][row of tile].
+//
+// The capacities are functions of the shapes of the index arrays alone; the same sums stand in
+// `cuda_schedule_layout` in meta/plan.py.
+#pragma once
+
+#include <cstdint>
+
+namespace flashinfer_ops::gpu {
+
+constexpr int kMaxLevels = 16;
+constexpr int kHeaderWords = 16;
+constexpr int kBaseTiles = 256;
+constexpr int kExtraUnits = 1024;
+constexpr int kBasePartialRows = 2048;
+constexpr int kBlock = 64;    // columns of a product: the step in which a walk is cut
+constexpr int kGranule = 16;  // columns
+constexpr int32_t kNoDiagonal = 1 << 30;
+
+struct Header {
+  int32_t num_tokens;  // query rows planned for; rows of q from here on get the empty state
+  int32_t num_tiles;
+  int32_t tile_tokens;  // the most tokens a tile has
+  int32_t num_matrix_units;
+  int32_t num_stream_units;
+  int32_t num_partial_rows;
+  int32_t reserved[10];
+};
+
+struct Tile {
+  int32_t row_begin;  // query tokens [row_begin, row_end)
+  int32_t row_end;
+  int32_t num_matrix_states;  // ranks [0, num_matrix_states) are the tile's matrix units'
+  int32_t partial_row;        // first scratch row, or -1: every state goes to the output
+  int32_t own_begin;          // own pieces [own_begin, own_end)
+  int32_t own_end;
+  int32_t num_ranks;
+  int32_t reserved;
+};
+
+struct MatrixUnit {
+  int32_t row_begin;  // query tokens of the tile
+  int32_t row_end;
+  int32_t partial_row;  // scratch row of row_begin's state, or -1: to the output
+  int32_t granule_begin;
+  int32_t granule_end;
+  int32_t segment_begin;
+  int32_t segment_end;
+  int32_t first_kv;  // where the first segment's KV starts for this unit,
+  int32_t last_kv;   // and where the last one's ends
+  int32_t reserved[7];
+};
+
+struct StreamUnit {
+  int32_t row_begin;  // query tokens
+  int32_t row_end;
+  int32_t partial_row;  // as above
+  int32_t level;
+  int32_t page_begin;
+  int32_t kv_begin;
+  int32_t kv_end;
+  int32_t diagonal;
+};
+
+struct Segment {
+  int32_t level;
+  int32_t page_begin;  // kv_indptr[level][group]: where the group's pages start in kv_indices
+  int32_t kv_begin;    // KV tokens [kv_begin, kv_end) of the group
+  int32_t kv_end;
+  int32_t row_begin;  // the query tokens that see them
+  int32_t row_end;
+  int32_t diagonal;  // row sees KV token j when j <= row + diagonal; kNoDiagonal when not causal
+  int32_t reserved;
+};
+
+struct OwnPiece {
+  int32_t row_begin;
+  int32_t row_end;
+  int32_t rank;  // of its first state
+  int32_t num_states;
+};
+
+static_assert(sizeof(Header) == 64 && sizeof(Tile) == 32 && sizeof(MatrixUnit) == 64);
+static_assert(sizeof(StreamUnit) == 32 && sizeof(Segment) == 32 && sizeof(OwnPiece) == 16);
+
+// Sizes of the tables, and their places in words.
+struct Layout {
+  int64_t tiles, matrix_units, stream_units, segments, granules, pieces, partial_rows;
+  int64_t tile_at, matrix_at, stream_at, segment_at, granule_at, own_at, work_at, words;
+
+  Layout(const int64_t* num_groups, int64_t num_levels) {
+    int64_t groups = 0;
+    for (int64_t l = 0; l < num_levels; ++l) groups += num_groups[l];
+    tiles = kBaseTiles + num_groups[num_levels - 1];
+    pieces = groups + num_levels * tiles;
+    matrix_units = tiles + kExtraUnits;
+    stream_units = pieces + kExtraUnits;
+    segments = pieces;
+    granules = 2 * pieces;
+    partial_rows = kBasePartialRows + 2 * groups;
+    tile_at = kHeaderWords;
+    matrix_at = tile_at + 8 * tiles;
+    stream_at = matrix_at + 16 * matrix_units;
+    segment_at = stream_at + 8 * stream_units;
+    granule_at = segment_at + 8 * segments;
+    own_at = granule_at + 8 * granules;
+    work_at = own_at + 4 * pieces;
+    // The planner's arrays when none fits into fast memory.
+    words = work_at + 2 * groups + num_levels + (2 * num_levels + 6) * tiles + 9 * pieces + 96;
+  }
+};
+
+}  // namespace flashinfer_ops::gpu
