@@ -33,6 +33,10 @@ class Result:
     flashinfer_here_plan_host_us: float | None = None
 
     @property
+    def counts(self) -> bool:
+        return self.status == "ok"
+
+    @property
     def share(self) -> float:
         return self.limit_us / self.us
 
@@ -57,10 +61,6 @@ class Result:
         return None if self.flashinfer_us is None else self.flashinfer_us / self.us
 
 
-def counts(result: Result) -> bool:
-    return result.status == "ok"
-
-
 @dataclass
 class Summary:
     """Of the right cases of one set; shares are geometric means."""
@@ -78,7 +78,7 @@ def summarise(results: list[Result]) -> dict[str, Summary]:
     summaries = {}
     for name in (*dict.fromkeys(result.set for result in results), "all"):
         chosen = [result for result in results if name in (result.set, "all")]
-        right = list(filter(counts, chosen))
+        right = [result for result in chosen if result.counts]
         best = [result for result in right if result.best_peer is not None]
         against = [result for result in right if result.flashinfer_us is not None]
         summaries[name] = Summary(
@@ -114,7 +114,7 @@ def case_table(results: list[Result], title: str) -> Table:
     table = make_table(title, names, 2)
     for result in results:
         peer, peer_us = result.best_peer or ("-", None)
-        right = counts(result)
+        right = result.counts
         table.add_row(
             result.set,
             result.name,
@@ -142,15 +142,15 @@ def summary_table(summaries: dict[str, Summary]) -> Table:
     for name, summary in summaries.items():
         shares = (summary.share, summary.best_peer, summary.flashinfer)
         slower = (summary.slower_than_best, summary.slower_than_flashinfer)
-        counts = (summary.cases, summary.void)
-        cells = (*map(str, counts), *(number(share, ".3f") for share in shares), *map(str, slower))
-        table.add_row(name, *cells)
+        cells = [str(summary.cases), str(summary.void)]
+        cells += [number(share, ".3f") for share in shares]
+        table.add_row(name, *cells, *map(str, slower))
     return table
 
 
 def brief(result: Result) -> str:
     cells = [number(result.us), number(result.share, ".3f"), number(result.times_best)]
-    if not counts(result):
+    if not result.counts:
         cells = [result.status]
     return " ".join((result.name, *cells, result.detail)).rstrip()
 
@@ -182,7 +182,7 @@ def write_json(path: Path, about: dict[str, str], rates: Rates, results: list[Re
             name: None if isinstance(value, float) and math.isnan(value) else value
             for name, value in (
                 *asdict(result).items(),
-                *((name, getattr(result, name) if counts(result) else None) for name in computed),
+                *((name, getattr(result, name) if result.counts else None) for name in computed),
             )
         }
         for result in results

@@ -1,4 +1,4 @@
-"""The benchmark of cascade attention on the CPU: its limits, its shares, and that it checks."""
+"""The benchmark of cascade attention: its limits, its shares, and that it checks outputs."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def write_anchors(folder: Path, *cases: dict[str, Any]) -> Path:
     return path
 
 
-def run(cascade: ModuleType, *arguments: object) -> Any:
-    arguments = ("--device", "cpu", *arguments)
+def run(cascade: ModuleType, *arguments: object, device: str = "cpu") -> Any:
+    arguments = ("--device", device, *arguments)
     return testing.CliRunner().invoke(cascade.main, list(map(str, arguments)))
 
 
@@ -112,9 +112,10 @@ def test_page_tables_hold_each_page_once(workloads: ModuleType, anchors: Path) -
     assert [last.tolist() for last in data.kv_last_page_len] == [[4], [3, 3]]
 
 
-def test_run(cascade: ModuleType, anchors: Path, tmp_path: Path) -> None:
+def test_run(cascade: ModuleType, anchors: Path, tmp_path: Path, device: str) -> None:
     json_path, plot_path = tmp_path / "times.json", tmp_path / "times.png"
-    result = run(cascade, "--anchors", anchors, "--json", json_path, "--plot", plot_path)
+    arguments = ("--anchors", anchors, "--json", json_path, "--plot", plot_path)
+    result = run(cascade, *arguments, device=device)
     assert result.exit_code == 0, result.output
     assert plot_path.read_bytes().startswith(b"\x89PNG")
     content = json.loads(json_path.read_text())
