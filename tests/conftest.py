@@ -15,11 +15,25 @@ settings.register_profile("fixed", deadline=None, derandomize=True, max_examples
 settings.load_profile("fixed")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "sanitize: short cases to run under compute-sanitizer (see tests/sanitize.sh)"
+    )
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return str(request.param)
+
+
+@pytest.fixture
+def cuda() -> str:
+    """For tests that make sense on a GPU only; their files are marked `gpu`."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return "cuda"
 
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ def int32(*values: int, device: str = "cpu") -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.cpu().double(), expected.cpu().double()
+    actual, expected = actual.to(expected.device).double(), expected.double()
     assert actual.shape == expected.shape
     if expected.numel() == 0:
         return 0.0
@@ -28,7 +30,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def assert_lse_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(
-        actual.cpu().double(), expected.cpu().double(), atol=tolerance, rtol=1e-6
+        actual.to(expected.device).double(), expected.double(), atol=tolerance, rtol=1e-6
     )
 
 
@@ -63,13 +65,21 @@ class Forest:
         return (cache[:, 0].contiguous(), cache[:, 1].contiguous()) if as_tuple else cache
 
     def oracle(
-        self, causal: bool = False, sm_scale: float | None = None, v_scale: float = 1.0
+        self,
+        causal: bool = False,
+        sm_scale: float | None = None,
+        v_scale: float = 1.0,
+        device: str = "cpu",
     ) -> tuple[Tensor, Tensor]:
-        """Output and lse in float64."""
-        q, cache = self.q.cpu().double(), self.cache.cpu().double()
-        arrays = [[t.cpu() for t in level] for level in self.arrays]
-        scale = q.shape[2] ** -0.5 if sm_scale is None else sm_scale
-        schedule = torch.empty(0)
+        """Output and lse in float64, computed on the CPU unless another device is named."""
+        indices = [t.to(device) for t in self.kv_indices]
+        # Only the pages in use, renumbered: the cache may be too large to convert.
+        used, renumbered = torch.unique(torch.cat(indices), return_inverse=True)
+        cache = self.cache[used.to(self.cache.device)].to(device).double()
+        arrays = [[t.to(device) for t in level] for level in self.arrays]
+        arrays[2] = list(renumbered.split([len(t) for t in indices]))
+        scale = self.q.shape[2] ** -0.5 if sm_scale is None else sm_scale
+        q, schedule = self.q.to(device).double(), torch.empty(0)
         return reference_attention.cascade_attention(
             q, cache[:, 0], cache[:, 1], *arrays, schedule, causal, scale, v_scale
         )
@@ -117,6 +127,46 @@ def random_forest(
     lengths = [
         draw(1, max_kv_len, len(level) - 1) * (draw(0, 5, len(level) - 1) > 0) for level in levels
     ]
+    return lay_out(
+        g, levels, lengths, num_qo_heads, num_kv_heads, head_dim, page_size, dtype, device,
+        extra_rows,
+    )  # fmt: skip
+
+
+def forest_of(
+    rows: list[list[int]],
+    lengths: list[list[int]],
+    *,
+    seed: int = 0,
+    num_qo_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    extra_rows: int = 0,
+) -> Forest:
+    """The forest whose groups have so many query rows and so much KV, level by level."""
+    borders = [torch.tensor([0, *level]).cumsum(0) for level in rows]
+    return lay_out(
+        torch.Generator().manual_seed(seed), borders, [torch.tensor(level) for level in lengths],
+        num_qo_heads, num_kv_heads, head_dim, page_size, dtype, device, extra_rows,
+    )  # fmt: skip
+
+
+def lay_out(
+    g: torch.Generator,
+    levels: list[Tensor],
+    lengths: list[Tensor],
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: str,
+    extra_rows: int,
+) -> Forest:
+    """Random KV of so many tokens a group in random pages, for groups with these row borders."""
     pages = [(length + page_size - 1) // page_size for length in lengths]
     total = int(sum(int(p.sum()) for p in pages))
     order = torch.randperm(total + 3, generator=g)  # three pages stay unused
@@ -129,7 +179,8 @@ def random_forest(
         indices = order[used : used + int(count.sum())]
         used += int(count.sum())
         indptr = torch.cat([torch.zeros(1, dtype=torch.long), count.cumsum(0)])
-        last = torch.where(count > 0, length - (count - 1) * page_size, draw(0, 9, len(count)))
+        no_matter = torch.randint(0, 10, (len(count),), generator=g)
+        last = torch.where(count > 0, length - (count - 1) * page_size, no_matter)
         live[indices] = True
         for group in range(len(count)):
             if count[group] > 0:
@@ -138,7 +189,7 @@ def random_forest(
         kv_indices.append(indices)
         last_page_len.append(last)
     cache.permute(0, 2, 1, 3, 4)[~live] = float("nan")
-    q = torch.randn(tokens + extra_rows, num_qo_heads, head_dim, generator=g)
+    q = torch.randn(int(levels[-1][-1]) + extra_rows, num_qo_heads, head_dim, generator=g)
 
     def move(arrays: list[Tensor]) -> list[Tensor]:
         return [t.to(device, torch.int32) for t in arrays]
@@ -152,3 +203,24 @@ def random_forest(
         q.to(device, dtype),
         page_size,
     )
+
+
+def poison_free_memory(device: str) -> None:
+    """Leave NaN in the memory that PyTorch's allocator hands out next: unwritten outputs show."""
+    sizes = [1 << 10] * 64 + [1 << 17] * 64 + [1 << 20] * 16 + [1 << 24] * 8
+    tensors = [torch.full((size,), float("nan"), device=device) for size in sizes]
+    del tensors
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Every tensor made without values, scratch memory too, holds NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
