@@ -31,7 +31,7 @@ def load(name: str) -> ctypes.CDLL:
     except OSError as error:
         raise ImportError(
             f"flashinfer_ops: the compiled library {name} does not load under torch "
-            f"{torch.__version__}: {error}. {_MEND}"
+            f"{torch.__version__}: {error.__cause__ or error}. {_MEND}"
         ) from error
     return ctypes.CDLL(spec.origin)
 
