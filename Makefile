@@ -11,8 +11,14 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 demo: $(VENV)/.demo
 	$(BIN)/python examples/shared_prefix_chat.py
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+# The Triton kernels run in Triton's interpreter, with the newest Triton and the oldest supported.
+test: $(VENV)/.test $(VENV)/triton36
+	$(BIN)/python -m pytest -m "not gpu and not slow and not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow"
+	PYTHONPATH=$(VENV)/triton36 TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest -m "interpreter and not slow"
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest \
+		-m "not gpu and not slow and not interpreter" tests/test_triton_*.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -38,6 +44,11 @@ $(VENV)/.build: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.build
 	$(BIN)/pip install --no-build-isolation -e ".[test,lint,docs,bench,demo]"
+	touch $@
+
+# Its interpreter takes int() of one-element arrays, which NumPy 2.4 refuses.
+$(VENV)/triton36: $(VENV)/.torch
+	$(BIN)/pip install --no-deps --target $@ "triton==3.6.*" "numpy<2.4"
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.build

@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
+import torch as _torch
+
 from . import cascade, meta, native, reference  # noqa: F401 (meta: the schemas)
 from .attention import cascade_attention
 from .cascade import (
@@ -18,10 +20,19 @@ from .plan import CascadePlan, plan_cascade
 
 __version__ = _version("flashinfer-ops")
 
-# The C++ kernels take the CPU, and CUDA where torch has it and the library was built; plain PyTorch
-# takes any device that has no kernels of its own.
+# The C++ kernels take the CPU, and CUDA where torch has it and the library was built; Triton
+# takes what it has for CUDA beyond that, plain PyTorch any device that has no kernels of its own.
 native.load("_C")
 native.load_cuda()
+if _torch.version.cuda is not None:
+    try:
+        from . import triton_kernels
+    except ImportError as _error:
+        raise ImportError(
+            f"flashinfer_ops: the Triton kernels for CUDA do not import: {_error}. "
+            "Install Triton with `pip install 'triton>=3.6'`."
+        ) from _error
+    triton_kernels.register()
 reference.register()
 
 __all__ = [
