@@ -68,7 +68,8 @@ def test_random_forests(device: str, num_levels: int, num_requests: int, nested:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [1, 3, 7, 8])
 @pytest.mark.parametrize("head_dim", [16, 64, 65, 128, 7, 256])
-def test_heads(device: str, dtype: torch.dtype, group_size: int, head_dim: int) -> None:
+def test_heads(dtype: torch.dtype, group_size: int, head_dim: int) -> None:
+    """On the CPU; test_attention_gpu.py has those that a GPU compiles kernels for."""
     for num_kv_heads in (1, 3):
         forest = random_forest(
             head_dim,
@@ -79,7 +80,6 @@ def test_heads(device: str, dtype: torch.dtype, group_size: int, head_dim: int) 
             head_dim=head_dim,
             max_qo_len=3,
             dtype=dtype,
-            device=device,
         )
         check(run(forest), forest)
 
@@ -198,7 +198,8 @@ def test_levels_without_kv(device: str, causal: bool, empty: tuple[int, ...]) ->
         assert bool((lse == -INF).all()) == (len(empty) == 3)
 
 
-def test_nan_reaches_only_the_rows_that_see_it(device: str) -> None:
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_nan_reaches_only_the_rows_that_see_it(device: str, part: str) -> None:
     """A live NaN in the last token of a causal group: its last row alone, and no other request."""
     forest = random_forest(
         4, num_levels=1, num_requests=5, max_qo_len=6, max_kv_len=90, device=device
@@ -209,20 +210,26 @@ def test_nan_reaches_only_the_rows_that_see_it(device: str) -> None:
     page = forest.kv_indices[0][forest.kv_indptr[0][group + 1] - 1]
     poisoned = int(forest.qo_indptr[0][group + 1]) - 1
     clean, _ = run(forest, causal=True)
-    for part in (0, 1):
-        cache = forest.cache.clone()
-        cache[page, part, forest.kv_last_page_len[0][group] - 1] = NAN
-        out, _ = run(forest, cache=cache, causal=True)
-        assert bool(out[poisoned].isnan().all())
-        others = torch.arange(len(out), device=device) != poisoned
-        torch.testing.assert_close(out[others], clean[others])
+    cache = forest.cache.clone()
+    cache[page, int(part == "value"), forest.kv_last_page_len[0][group] - 1] = NAN
+    out, _ = run(forest, cache=cache, causal=True)
+    assert bool(out[poisoned].isnan().all())
+    others = torch.arange(len(out), device=device) != poisoned
+    torch.testing.assert_close(out[others], clean[others])
 
 
 def test_scales(device: str) -> None:
     """Every float of the schema has its effect, at values that float32 and ints would not hold."""
     forest = random_forest(8, num_levels=2, num_requests=7, device=device)
     plan = plan_cascade(*forest.arrays, **forest.numbers, sm_scale=0.37)
-    for k_scale, v_scale in ((None, None), (1.7, None), (None, 2.3), (0.25, -0.5), (0.0, 1)):
+    for k_scale, v_scale in (
+        (None, None),
+        (1.7, None),
+        (None, 2.3),
+        (0.25, -0.5),
+        (-0.6, None),
+        (0.0, 1),
+    ):
         out, lse = cascade_attention(forest.q, forest.cache, plan, k_scale=k_scale, v_scale=v_scale)
         sm_scale = 0.37 * (1.0 if k_scale is None else k_scale)
         check((out, lse), forest, False, sm_scale, 1.0 if v_scale is None else v_scale)
@@ -230,7 +237,8 @@ def test_scales(device: str) -> None:
 
 def test_large_logits_do_not_overflow(device: str) -> None:
     forest = random_forest(9, num_levels=2, num_requests=7, device=device)
-    check(run(forest, sm_scale=40.0), forest, False, 40.0)
+    for sm_scale in (40.0, -40.0, 0.0):
+        check(run(forest, sm_scale=sm_scale), forest, False, sm_scale)
 
 
 def test_strided_queries_and_outputs(device: str) -> None:
@@ -405,6 +413,18 @@ def test_refusals(device: str) -> None:
         cascade_attention(q.clone().requires_grad_(), cache, plan)
 
 
+def test_expanded_outputs_are_refused(device: str) -> None:
+    """Several rows would be written to one place."""
+    forest = random_forest(2, num_levels=2, num_requests=9, device=device)
+    plan = plan_cascade(*forest.arrays, **forest.numbers)
+    for expanded in (
+        {"out": forest.q[:1].clone().expand(forest.q.shape)},
+        {"lse": torch.zeros(1, 1, device=device).expand(forest.q.shape[:2])},
+    ):
+        with pytest.raises((RuntimeError, ValueError), match="is written, but its elements"):
+            cascade_attention(forest.q, forest.cache, plan, **expanded)
+
+
 def test_bad_contents_raise_on_the_cpu() -> None:
     """No page outside of the cache is read, and no row outside of q written."""
     forest = random_forest(2, num_levels=2, num_requests=9)
@@ -413,12 +433,6 @@ def test_bad_contents_raise_on_the_cpu() -> None:
         cascade_attention(forest.q, forest.cache[:2], plan)
     with pytest.raises(RuntimeError, match=r"the schedule was planned for \d+ tokens, q has 1"):
         cascade_attention(forest.q[:1], forest.cache, plan)
-    for expanded in (
-        {"out": forest.q[:1].clone().expand(forest.q.shape)},
-        {"lse": torch.zeros(1, 1).expand(forest.q.shape[:2])},
-    ):
-        with pytest.raises(RuntimeError, match="is written, but its elements"):
-            cascade_attention(forest.q, forest.cache, plan, **expanded)
     kept = plan.schedule.clone()
     plan.schedule[:16] = 1 << 29
     with pytest.raises(RuntimeError, match=r"schedule: "):

@@ -50,10 +50,10 @@ def traced(function: Callable[..., Any], *arguments: Any) -> str:
     return "\n".join(name for name in names if name != "getitem")
 
 
-def states(num: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+def states(device: str) -> tuple[list[Tensor], list[Tensor]]:
     g = torch.Generator().manual_seed(0)
-    v, s = torch.randn(num, 6, 2, 8, generator=g), torch.randn(num, 6, 2, generator=g)
-    return list(v), list(s)
+    v, s = torch.randn(2, 6, 2, 8, generator=g), torch.randn(2, 6, 2, generator=g)
+    return list(v.to(device)), list(s.to(device))
 
 
 def batch(seed: int = 0, **options: Any) -> tuple[Forest, CascadePlan]:
@@ -61,8 +61,8 @@ def batch(seed: int = 0, **options: Any) -> tuple[Forest, CascadePlan]:
     return forest, plan_cascade(*forest.arrays, **forest.numbers)
 
 
-def test_graph_of_merge_state() -> None:
-    (v_a, v_b), (s_a, s_b) = states()
+def test_graph_of_merge_state(device: str) -> None:
+    (v_a, v_b), (s_a, s_b) = states(device)
     assert_expected_inline(
         traced(flashinfer_ops.merge_state, v_a, s_a, v_b, s_b),
         """flashinfer_ops::merge_state""",
@@ -73,9 +73,9 @@ def test_graph_of_merge_state() -> None:
     )
 
 
-def test_graph_of_merge_state_in_place() -> None:
-    (v_a, v_b), (s_a, s_b) = states()
-    mask = torch.ones(6, dtype=torch.bool)
+def test_graph_of_merge_state_in_place(device: str) -> None:
+    (v_a, v_b), (s_a, s_b) = states(device)
+    mask = torch.ones(6, dtype=torch.bool, device=device)
     in_place = flashinfer_ops.merge_state_in_place
     assert_expected_inline(
         traced(in_place, v_a, s_a, v_b, s_b),
@@ -87,8 +87,8 @@ def test_graph_of_merge_state_in_place() -> None:
     )
 
 
-def test_graph_of_merge_states() -> None:
-    v, s = states()
+def test_graph_of_merge_states(device: str) -> None:
+    v, s = states(device)
     assert_expected_inline(
         traced(flashinfer_ops.merge_states, torch.stack(v, 1), torch.stack(s, 1)),
         """flashinfer_ops::merge_states""",
@@ -99,17 +99,21 @@ def test_graph_of_merge_states() -> None:
     )
 
 
-def test_graph_of_variable_length_merge_states() -> None:
-    v, s = states()
+def test_graph_of_variable_length_merge_states(device: str) -> None:
+    v, s = states(device)
+    indptr = int32(0, 2, 6, device=device)
     assert_expected_inline(
-        traced(flashinfer_ops.variable_length_merge_states, v[0], s[0], int32(0, 2, 6)),
+        traced(
+            flashinfer_ops.variable_length_merge_states, v[0], s[0], int32(0, 2, 6, device=device)
+        ),  # fmt: skip
         """flashinfer_ops::merge_states.ragged""",
     )
 
 
-def test_graph_of_the_page_functions() -> None:
-    kv_indptr, last, rows = int32(0, 1, 2), int32(3, 4), torch.randn(2, 1, 8)
-    cache, index = torch.zeros(2, 2, 4, 1, 8), int32(0, 1)
+def test_graph_of_the_page_functions(device: str) -> None:
+    kv_indptr, last = int32(0, 1, 2, device=device), int32(3, 4, device=device)
+    rows, cache = torch.randn(2, 1, 8, device=device), torch.zeros(2, 2, 4, 1, 8, device=device)
+    index = int32(0, 1, device=device)
 
     def step(cache: Tensor) -> None:
         flashinfer_ops.append_paged_kv_cache(
@@ -143,8 +147,8 @@ where""",
     )
 
 
-def test_graph_of_plan_and_attention() -> None:
-    forest, plan = batch()
+def test_graph_of_plan_and_attention(device: str) -> None:
+    forest, plan = batch(device=device)
 
     def step(q: Tensor, cache: Tensor, *arrays: list[Tensor]) -> tuple[Tensor, Tensor]:
         return cascade_attention(q, cache, plan_cascade(*arrays, **forest.numbers))
@@ -260,9 +264,10 @@ class Model(torch.nn.Module):
         return flashinfer_ops.merge_state(out, lse, v, s)
 
 
-def model_inputs() -> tuple[Any, ...]:
-    forest, plan = batch(5, num_requests=9)
-    return forest.q, forest.cache, plan, torch.randn_like(forest.q), torch.randn(forest.q.shape[:2])
+def model_inputs(device: str) -> tuple[Any, ...]:
+    forest, plan = batch(5, num_requests=9, device=device)
+    v, s = torch.randn_like(forest.q), torch.randn(forest.q.shape[:2], device=device)
+    return forest.q, forest.cache, plan, v, s
 
 
 FRESH = """
@@ -295,20 +300,20 @@ def run_fresh(load: str, path: Path, inputs: tuple[Any, ...], tmp_path: Path) ->
     assert result.returncode == 0 and "same" in result.stdout, result.stderr
 
 
-def test_export_round_trip(tmp_path: Path) -> None:
-    inputs = model_inputs()
+def test_export_round_trip(device: str, tmp_path: Path) -> None:
+    inputs = model_inputs(device)
     program = torch.export.export(Model(), inputs)
     path = tmp_path / "model.pt2"
     torch.export.save(program, path)
     run_fresh("function = torch.export.load(sys.argv[1]).module()", path, inputs, tmp_path)
 
 
-def test_export_serves_other_batches() -> None:
+def test_export_serves_other_batches(device: str) -> None:
     """A plan of the same capacities with other lengths runs through one exported program."""
-    inputs = model_inputs()
+    inputs = model_inputs(device)
     program = torch.export.export(Model(), inputs).module()
     arrays = [[t.clone() for t in level] for level in random_forest(
-        5, num_levels=2, num_requests=9).arrays]  # fmt: skip
+        5, num_levels=2, num_requests=9, device=device).arrays]  # fmt: skip
     arrays[3][1] = (arrays[3][1] - 1).clamp(min=1)
     q, cache, plan, v, s = inputs
     numbers = {
@@ -321,8 +326,8 @@ def test_export_serves_other_batches() -> None:
     assert not torch.equal(expected[0], Model()(*inputs)[0])
 
 
-def test_aot_inductor_package(tmp_path: Path) -> None:
-    inputs = model_inputs()
+def test_aot_inductor_package(device: str, tmp_path: Path) -> None:
+    inputs = model_inputs(device)
     program = torch.export.export(Model(), inputs)
     path = torch._inductor.aoti_compile_and_package(
         program, package_path=str(tmp_path / "model.pt2")
@@ -331,25 +336,25 @@ def test_aot_inductor_package(tmp_path: Path) -> None:
     run_fresh(load, Path(path), inputs, tmp_path)
 
 
-def test_errors_inside_a_graph_carry_their_text() -> None:
-    (v_a, v_b), (s_a, s_b) = states()
+def test_errors_inside_a_graph_carry_their_text(device: str) -> None:
+    (v_a, v_b), (s_a, s_b) = states(device)
     compiled = torch.compile(flashinfer_ops.merge_state, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"s_b has shape \[3, 2\], expected \[6, 2\] to fit v_a"):
         compiled(v_a, s_a, v_b, s_b[:3])
-    forest, plan = batch()
+    forest, plan = batch(device=device)
     compiled = torch.compile(cascade_attention, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"q has shape .* to fit the plan"):
         compiled(forest.q[:, :2], forest.cache, plan)
 
 
-def test_inputs_that_require_grad_raise() -> None:
-    (v_a, v_b), (s_a, s_b) = states()
+def test_inputs_that_require_grad_raise(device: str) -> None:
+    (v_a, v_b), (s_a, s_b) = states(device)
     v_a.requires_grad_()
     compiled = torch.compile(flashinfer_ops.merge_state, backend="eager", fullgraph=True)
     for function in (flashinfer_ops.merge_state, compiled):
         with pytest.raises(Exception, match=r"v_a requires grad, but flashinfer_ops has no"):
             function(v_a, s_a, v_b, s_b)
-    forest, plan = batch()
+    forest, plan = batch(device=device)
     q = forest.q.clone().requires_grad_()
     compiled = torch.compile(cascade_attention, backend="eager", fullgraph=True)
     for function in (cascade_attention, compiled):
@@ -362,8 +367,8 @@ def test_inputs_that_require_grad_raise() -> None:
     assert not out.requires_grad
 
 
-def test_fake_tensors() -> None:
-    forest, plan = batch()
+def test_fake_tensors(device: str) -> None:
+    forest, plan = batch(device=device)
     with FakeTensorMode() as mode:
         q = mode.from_tensor(forest.q)
         arrays = [[mode.from_tensor(t) for t in level] for level in forest.arrays]

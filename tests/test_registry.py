@@ -112,6 +112,13 @@ def test_parts(name: str) -> None:
         assert "str" not in str(argument.type), "a string in a schema recompiles"
 
 
+@pytest.mark.gpu
+@every_operator
+def test_cuda_has_a_kernel(cuda: str, name: str) -> None:
+    """Never the reference, which waits for the host, and never two owners."""
+    assert has_kernel(name, "CUDA")
+
+
 @every_operator
 def test_reference_has_the_schema_s_arguments(name: str) -> None:
     parameters = inspect.signature(reference.OPERATORS[name]).parameters
