@@ -3,10 +3,10 @@
 One row for each entry of the `merge` list of an anchors file, which holds what FlashInfer took on
 such a GPU. Times are medians of replays of a CUDA graph whose calls go through several sets of
 random inputs (over 220 MB together, or as many sets as a graph has calls), launched while the
-device still sleeps. GB/s counts every input read once and every output written once; the copy moves as many
-bytes, half of them read and half written, in the same run. Host time is that of an eager call,
-its launch included. Every output is compared with the reference in float64; a case that is wrong
-has no times.
+device still sleeps. GB/s counts every input read once and every output written once; the copy
+moves as many bytes, half of them read and half written, in the same run. Host time is that of an
+eager call, its launch included. Every case's output is compared with the reference in float64; a
+case that is wrong has no times.
 
     python benchmarks/merge.py --anchors anchors/h100.json
     python benchmarks/merge.py --anchors anchors/h100.json --engine triton --json merge.json
