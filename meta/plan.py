@@ -1,13 +1,15 @@
 """Schema and fake of the planner: from index arrays to a schedule of work units.
 
-The schedule is one int32 tensor whose size follows from the shapes of the index arrays alone, so
-that a plan can be made without reading them on the host, and made again into the same memory. Its
-layout is in `csrc/cpu/schedule.h`.
+The schedule is one int32 tensor whose size follows from the shapes of the index arrays and the
+device alone, so that a plan can be made without reading them on the host, and made again into the
+same memory. Its layout is in `csrc/cpu/schedule.h` for the CPU, in `csrc/cuda/schedule.h` for GPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def _(
     causal: bool,
 ) -> Tensor:
     _check_levels(qo_indptr, kv_indptr, kv_last_page_len)
-    size = schedule_size([t.shape[0] - 1 for t in kv_indptr])
+    size = schedule_size([t.shape[0] - 1 for t in kv_indptr], kv_indptr[0].device)
     return kv_indptr[0].new_empty((size,), dtype=torch.int32)
 
 
@@ -63,21 +65,64 @@ def _(
     schedule: Tensor,
 ) -> None:
     _check_levels(qo_indptr, kv_indptr, kv_last_page_len)
-    size = schedule_size([t.shape[0] - 1 for t in kv_indptr])
+    size = schedule_size([t.shape[0] - 1 for t in kv_indptr], schedule.device)
     check_shape("schedule", schedule, (size,))
     check(schedule.dtype == torch.int32, "schedule is not int32")
 
 
-def schedule_size(num_groups: Sequence[int]) -> int:
-    """Words of the schedule for levels of so many groups (the capacities, not the live counts).
-
-    The same sum as `ScheduleCapacity` in `csrc/cpu/plan.cpp`.
-    """
+def schedule_size(num_groups: Sequence[int], device: torch.device) -> int:
+    """Words of the schedule for levels of so many groups (the capacities, not the live counts)."""
+    if device.type == "cuda":
+        return _gpu_schedule(num_groups).words
+    # The same sum as `ScheduleCapacity` in `csrc/cpu/plan.cpp`.
     tiles = BASE_TILES + num_groups[-1]
     units = tiles + EXTRA_UNITS
     # Each group is one segment; each tile border splits one group a level, each cut one segment.
     segments = sum(num_groups) + len(num_groups) * tiles + EXTRA_UNITS
     return HEADER_WORDS + 4 * tiles + 4 * units + 8 * segments
+
+
+class GpuSchedule(NamedTuple):
+    """Where the tables of a GPU's schedule begin, in words, and how large its scratch is.
+
+    The same sums as `Layout` in `csrc/cuda/schedule.h`.
+    """
+
+    tile_at: int
+    matrix_at: int
+    stream_at: int
+    segment_at: int
+    granule_at: int
+    own_at: int
+    words: int
+    partial_rows: int
+
+
+def _gpu_schedule(num_groups: Sequence[int]) -> GpuSchedule:
+    levels, groups = len(num_groups), sum(num_groups)
+    tiles = 256 + num_groups[-1]
+    pieces = groups + levels * tiles
+    matrix_at = HEADER_WORDS + 8 * tiles
+    stream_at = matrix_at + 16 * (tiles + 1024)
+    segment_at = stream_at + 8 * (pieces + 1024)
+    granule_at = segment_at + 8 * pieces
+    own_at = granule_at + 16 * pieces
+    work_at = own_at + 4 * pieces
+    words = work_at + 2 * groups + levels + (2 * levels + 6) * tiles + 9 * pieces + 96
+    return GpuSchedule(
+        HEADER_WORDS,
+        matrix_at,
+        stream_at,
+        segment_at,
+        granule_at,
+        own_at,
+        words,
+        2048 + 2 * groups,
+    )
+
+
+gpu_schedule = cache(_gpu_schedule)
+"""`GpuSchedule` for levels of so many groups, a tuple of ints: kernels' launchers ask every call."""
 
 
 def _check_levels(

@@ -103,9 +103,7 @@ def test_graph_of_variable_length_merge_states(device: str) -> None:
     v, s = states(device)
     indptr = int32(0, 2, 6, device=device)
     assert_expected_inline(
-        traced(
-            flashinfer_ops.variable_length_merge_states, v[0], s[0], int32(0, 2, 6, device=device)
-        ),  # fmt: skip
+        traced(flashinfer_ops.variable_length_merge_states, v[0], s[0], indptr),
         """flashinfer_ops::merge_states.ragged""",
     )
 

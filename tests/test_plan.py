@@ -164,12 +164,12 @@ def test_capacities(device: str) -> None:
             assert bool((buffer[len(array) :] == (array[-1] if extra else 0)).all())
     assert plan.qo_indptr[1].shape[0] == 17
     groups = [t.shape[0] - 1 for t in plan.kv_indptr]
-    assert plan.schedule.shape == (schedule_size(groups),)
+    assert plan.schedule.shape == (schedule_size(groups, plan.schedule.device),)
     assert plan.schedule.dtype == torch.int32 and plan.schedule.device.type == device
     tiles = BASE_TILES + groups[-1]
     segments = sum(groups) + 2 * tiles + EXTRA_UNITS
     expected = HEADER_WORDS + 4 * tiles + 4 * (tiles + EXTRA_UNITS) + 8 * segments
-    assert schedule_size(groups) == expected
+    assert schedule_size(groups, torch.device("cpu")) == expected
     assert plan.sm_scale == 64**-0.5 and plan.max_tokens is None and plan.causal is False
 
 

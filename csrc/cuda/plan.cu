@@ -93,9 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) char fast[];
   __shared__ Shared shared;
   DeviceBlock block{shared};
-  Planner<DeviceBlock> planner{block, in, layout, schedule,
-                               Arena{fast, kFastBytes, schedule + layout.work_at}};
-  planner.run();
+  Planner<DeviceBlock>(block, in, layout, schedule, fast, kFastBytes).run();
 }
 
 // The current device's number of SMs; asked for, and the kernel made ready there, once.

@@ -124,6 +124,14 @@ struct Arena {
 
 template <class Block>
 struct Planner {
+  FLASHINFER_OPS_ANYWHERE Planner(Block& block, const PlanInput& in, const Layout& layout,
+                                  int32_t* schedule, char* fast, int64_t fast_bytes)
+      : block(block),
+        in(in),
+        layout(layout),
+        schedule(schedule),
+        arena{fast, fast_bytes, schedule + layout.work_at} {}
+
   Block& block;
   const PlanInput& in;
   const Layout& layout;

@@ -20,7 +20,7 @@ def cascade_plan(
     page_size: int,
     causal: bool,
 ) -> Tensor:
-    size = schedule_size([t.shape[0] - 1 for t in kv_indptr])
+    size = schedule_size([t.shape[0] - 1 for t in kv_indptr], kv_indptr[0].device)
     return kv_indptr[0].new_zeros((size,), dtype=torch.int32)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ..meta import library
 from ..meta._library import NAMESPACE
+from .attention import cascade_attention, cascade_attention_out
 from .merge import (
     merge_state,
     merge_state_,
@@ -30,6 +31,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "merge_states.list": merge_states_list,
     "merge_states.ragged": merge_states_ragged,
     "append_paged_kv_cache_": append_paged_kv_cache_,
+    "cascade_attention": cascade_attention,
+    "cascade_attention.out": cascade_attention_out,
 }
 
 
