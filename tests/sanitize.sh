@@ -27,7 +27,7 @@ run=("$python" -m pytest -q -p no:cacheprovider -m "sanitize and gpu" -o timeout
      "$tests/test_sanitize.py")
 
 # Triton compiles here, so that no tool runs while the compiler does.
-if ! "${run[@]}" >"$logs/plain.txt" 2>&1; then
+if ! "${run[@]}" >"$logs/plain.txt" 2>&1 || ! grep -q ' passed' "$logs/plain.txt"; then
     tail -n 30 "$logs/plain.txt"
     echo "plain: FAILED without any tool"
     exit 1
@@ -42,7 +42,7 @@ for tool in "${tools[@]}"; do
     "$sanitizer" --tool "$tool" --target-processes application-only --error-exitcode 99 \
         --log-file "$logs/$tool.log" ${SANITIZER_OPTIONS:-} "${run[@]}" >"$logs/$tool.txt" 2>&1
     code=$?
-    summary=$(grep -E 'SUMMARY' "$logs/$tool.log" | tail -n 1)
+    summary=$(grep -sE 'SUMMARY' "$logs/$tool.log" | tail -n 1)
     if [ $code -eq 0 ] && ! grep -qE ' passed' "$logs/$tool.txt"; then code=98; fi
     [ $code -eq 0 ] || failed=1
     echo "$tool: exit $code in $((SECONDS - start)) s; $(tail -n 1 "$logs/$tool.txt"); $summary"

@@ -1,4 +1,4 @@
-"""Short cases of every operator, for compute-sanitizer (see sanitize.sh): all inputs initialised."""
+"""Short cases of every operator for compute-sanitizer (see sanitize.sh), all inputs initialised."""
 
 from __future__ import annotations
 
