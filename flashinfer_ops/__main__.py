@@ -31,9 +31,19 @@ def served_by(operator: str, device: torch.device) -> str:
         return f"reference (plain PyTorch: no {key} kernel is registered)"
     if key == "CUDA":
         if operator in native.load_cuda():
+            if operator in ("cascade_attention", "cascade_attention.out"):
+                return _attention_on(device)
             return "C++ from _C_cuda"
         return f"Triton ({_why_not_native()})"
     return f"C++ from _C ({native.cpu_capability()}, the best this processor runs)"
+
+
+def _attention_on(device: torch.device) -> str:
+    """The C++ operator has kernels for Hopper alone, and hands on what they do not serve."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return f"Triton (compute capability {capability[0]}.{capability[1]}; _C_cuda's is for 9.0)"
+    return "C++ from _C_cuda for float16, bfloat16, head_dim 64, 128, 256; Triton for the rest"
 
 
 def _why_not_native() -> str:

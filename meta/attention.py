@@ -38,8 +38,11 @@ def _(
 
 
 define(f"cascade_attention.out({_INPUTS}, Tensor(a!) out, Tensor(b!) lse) -> ()")
+# What a chip's own kernels leave to the kernels for any chip; callers use the other overloads.
+define(f"cascade_attention.portable({_INPUTS}, Tensor(a!) out, Tensor(b!) lse) -> ()")
 
 
+@register_fake("cascade_attention.portable")
 @register_fake("cascade_attention.out")
 def _(
     q: Tensor,

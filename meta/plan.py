@@ -94,6 +94,7 @@ class GpuSchedule(NamedTuple):
     segment_at: int
     granule_at: int
     own_at: int
+    work_at: int
     words: int
     partial_rows: int
 
@@ -108,7 +109,7 @@ def _gpu_schedule(num_groups: Sequence[int]) -> GpuSchedule:
     granule_at = segment_at + 8 * pieces
     own_at = granule_at + 16 * pieces
     work_at = own_at + 4 * pieces
-    words = work_at + 2 * groups + levels + (2 * levels + 6) * tiles + 9 * pieces + 96
+    words = work_at + 3 * groups + 2 * levels + (2 * levels + 18) * tiles + 7 * pieces + 384
     return GpuSchedule(
         HEADER_WORDS,
         matrix_at,
@@ -116,13 +117,14 @@ def _gpu_schedule(num_groups: Sequence[int]) -> GpuSchedule:
         segment_at,
         granule_at,
         own_at,
+        work_at,
         words,
         2048 + 2 * groups,
     )
 
 
 gpu_schedule = cache(_gpu_schedule)
-"""`GpuSchedule` for levels of so many groups, a tuple of ints: kernels' launchers ask every call."""
+"""`GpuSchedule` for levels of so many groups, a tuple of ints: launchers ask for it every call."""
 
 
 def _check_levels(

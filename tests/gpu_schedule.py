@@ -23,6 +23,7 @@ def plan_on_host(
     causal: bool,
     num_sms: int = 132,
     fast_bytes: int = 160 * 1024,
+    packed: bool = False,
 ) -> Tensor:
     groups = [t.shape[0] - 1 for t in kv_indptr]
     schedule = torch.full((gpu_schedule(tuple(groups)).words,), -7, dtype=torch.int32)
@@ -37,7 +38,7 @@ def plan_on_host(
         pointers(kv_last_page_len),
         (ctypes.c_int64 * len(groups))(*groups),
         *(ctypes.c_int64(x) for x in (len(groups), num_qo_heads // num_kv_heads, num_kv_heads)),
-        *(ctypes.c_int64(x) for x in (page_size, causal, num_sms, fast_bytes)),
+        *(ctypes.c_int64(x) for x in (page_size, causal, num_sms, packed, fast_bytes)),
         ctypes.c_void_p(schedule.data_ptr()),
     )
     return schedule
@@ -51,6 +52,7 @@ class Tables:
     num_tiles: int
     tile_tokens: int
     num_partial_rows: int
+    stream_tokens: int
     tiles: list[list[int]]
     matrix_units: list[list[int]]
     stream_units: list[list[int]]
@@ -62,7 +64,7 @@ class Tables:
 def tables(schedule: Tensor, num_groups: Sequence[int]) -> Tables:
     schedule = schedule.cpu()
     layout: GpuSchedule = gpu_schedule(tuple(num_groups))
-    tokens, tiles, tile_tokens, matrix, stream, partial = schedule[:6].tolist()
+    tokens, tiles, tile_tokens, matrix, stream, partial, stream_tokens = schedule[:7].tolist()
 
     def rows(at: int, count: int, words: int) -> list[list[int]]:
         result: list[list[int]] = schedule[at : at + count * words].reshape(count, words).tolist()
@@ -75,6 +77,7 @@ def tables(schedule: Tensor, num_groups: Sequence[int]) -> Tables:
         tiles,
         tile_tokens,
         partial,
+        stream_tokens,
         tile_rows,
         matrix_units,
         rows(layout.stream_at, stream, 8),
@@ -91,8 +94,10 @@ def check(
     kv_last_page_len: Sequence[Tensor],
     page_size: int,
     causal: bool,
+    packed: bool = False,
 ) -> Tables:
-    """Every (row, KV token) pair is met by one unit, every state has scratch of its own."""
+    """Every (row, KV token) pair is met by one unit, every state has scratch of its own; the walk
+    of a tile is cut at whole blocks and its segments lie in it one after the other."""
     groups = [t.shape[0] - 1 for t in kv_indptr]
     layout = gpu_schedule(tuple(groups))
     t = tables(schedule, groups)
@@ -111,20 +116,33 @@ def check(
                 assert key not in seen, key
                 seen[key] = unit
 
+    assert not (packed and t.granules)
+    walked: dict[int, int] = {}  # first row of a tile -> tokens of its segments in units before
     for index, u in enumerate(t.matrix_units):
         rows = range(u[0], u[1])
         for g in t.granules[u[3] : u[4]]:
-            assert g[3] - g[2] <= 16
+            assert g[3] - g[2] <= 16 and g[7] == 0
             meet(index, g, g[2], g[3], rows)
+        tokens, at = 0, walked.setdefault(u[0], 0)
+        assert at % 64 == 0  # where units begin
         for s in range(u[5], u[6]):
             segment = t.segments[s]
             begin = u[7] if s == u[5] else 0
             end = u[8] if s == u[6] - 1 else segment[3]
+            assert 0 == segment[2] <= begin < end <= segment[3]
+            assert at + tokens == segment[7] + begin
             meet(index, segment, begin, end, rows)
+            tokens += end - begin if packed else (end - begin + 63) // 64 * 64
+            if s == u[5]:
+                level, page_begin, _, _, row_begin, row_end, diagonal, _ = segment
+                assert u[9:15] == [level, page_begin, row_begin, row_end, diagonal, end]
+        assert u[15] == tokens and (tokens > 0 or u[5:15] == [0] * 10)
+        walked[u[0]] = at + tokens
         for row in rows:
             states.setdefault(row, []).append((u[2] + row - u[0] if u[2] >= 0 else -1, index))
     for number, u in enumerate(t.stream_units):
         index = len(t.matrix_units) + number
+        assert 0 < u[1] - u[0] <= t.stream_tokens and u[5] % 64 == 0
         meet(index, [u[3], u[4], 0, 0, u[0], u[1], u[7], 0], u[5], u[6], range(u[0], u[1]))
         for row in range(u[0], u[1]):
             states.setdefault(row, []).append((u[2] + row - u[0] if u[2] >= 0 else -1, index))
@@ -133,9 +151,7 @@ def check(
     for tile in t.tiles:
         for row in range(tile[0], tile[1]):
             mine = [place for place, _ in states.get(row, [])]
-            count = tile[2] + sum(
-                o[3] for o in t.own[tile[4] : tile[5]] if o[0] <= row < o[1]
-            )
+            count = tile[2] + sum(o[3] for o in t.own[tile[4] : tile[5]] if o[0] <= row < o[1])
             assert len(mine) == count
             if tile[3] < 0:
                 assert count <= 1 and mine in ([], [-1])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gpu_schedule import check as check_gpu_schedule
-from gpu_schedule import tables
+from gpu_schedule import plan_on_host, tables
 from helpers import Forest, int32, random_forest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -193,10 +193,17 @@ def test_every_token_once_on_a_gpu(cuda: str, seed: int) -> None:
     plan = plan_of(forest, causal=causal)
     arrays = plan.qo_indptr, plan.kv_indptr, plan.kv_last_page_len
     on_cpu = [[t.cpu() for t in level] for level in arrays]
-    check_gpu_schedule(plan.schedule.cpu(), *on_cpu, forest.page_size, causal)
+    packed = torch.cuda.get_device_capability() == (9, 0)
+    check_gpu_schedule(plan.schedule.cpu(), *on_cpu, forest.page_size, causal, packed)
     plan.schedule.fill_(-1)
     plan_of(forest, causal=causal, out=plan)
-    check_gpu_schedule(plan.schedule.cpu(), *on_cpu, forest.page_size, causal)
+    check_gpu_schedule(plan.schedule.cpu(), *on_cpu, forest.page_size, causal, packed)
+    num_sms = torch.cuda.get_device_properties(cuda).multi_processor_count
+    wanted = plan_on_host(
+        *on_cpu, plan.num_qo_heads, 1, plan.page_size, causal, num_sms=num_sms, packed=packed
+    )
+    groups = [t.shape[0] - 1 for t in plan.kv_indptr]
+    assert tables(plan.schedule, groups) == tables(wanted, groups)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -24,6 +24,7 @@ PUBLIC = {
     "append_paged_kv_cache_": "append_paged_kv_cache",
     "cascade_attention": "cascade_attention",
     "cascade_attention.out": "cascade_attention",
+    "cascade_attention.portable": "cascade_attention",
     "cascade_plan": "plan_cascade",
     "cascade_plan.out": "plan_cascade",
     "merge_state": "merge_state",
@@ -71,6 +72,9 @@ cascade_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] qo_indptr, 
 cascade_attention.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] qo_indptr, Tensor[]
     kv_indptr, Tensor[] kv_indices, Tensor[] kv_last_page_len, Tensor schedule, bool causal,
     float sm_scale, float v_scale, Tensor(a!) out, Tensor(b!) lse) -> ()
+cascade_attention.portable(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] qo_indptr,
+    Tensor[] kv_indptr, Tensor[] kv_indices, Tensor[] kv_last_page_len, Tensor schedule, bool
+    causal, float sm_scale, float v_scale, Tensor(a!) out, Tensor(b!) lse) -> ()
 cascade_plan(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len, int
     num_qo_heads, int num_kv_heads, int head_dim, int page_size, bool causal) -> Tensor
 cascade_plan.out(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len, int

@@ -1,67 +1,81 @@
-"""Cascade attention in Triton: numerics in the interpreter, and what it compiles to."""
+"""Cascade attention in Triton: numerics in the interpreter, what it compiles to, its launches."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from gpu_schedule import check, plan_on_host
-from helpers import LSE_TOLERANCE, TOLERANCE, Forest, assert_lse_close, random_forest, relative_error
+from gpu_schedule import plan_on_host, tables
+from helpers import (
+    LSE_TOLERANCE,
+    TOLERANCE,
+    Forest,
+    assert_lse_close,
+    forest_of,
+    random_forest,
+    relative_error,
+)
 from torch import Tensor
-from triton_helpers import CAPABILITIES, compiled_by, interpreted
+from triton_helpers import CAPABILITIES, compiled_by, compiling, interpreted
 
 pytest.importorskip("triton")
+HALF, FLOAT = torch.float16, torch.float32
+either_class = pytest.mark.parametrize("packed", [False, True])
 
 
-def arguments(forest: Forest, causal: bool = False, num_sms: int = 132, **options: Any) -> list[Any]:
-    """What the operator takes."""
-    q, cache = forest.q, forest.cache
+def plan(forest: Forest, causal: bool = False, num_sms: int = 132, packed: bool = False) -> Tensor:
     arrays = (forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len)
-    schedule = plan_on_host(
-        *arrays, q.shape[1], cache.shape[3], forest.page_size, causal, num_sms=num_sms
-    )
-    sm_scale = options.get("sm_scale", q.shape[2] ** -0.5)
+    heads = forest.q.shape[1], forest.cache.shape[3]
+    return plan_on_host(*arrays, *heads, forest.page_size, causal, num_sms, packed=packed)
+
+
+def arguments(
+    forest: Forest,
+    causal: bool = False,
+    num_sms: int = 132,
+    packed: bool = False,
+    sm_scale: float | None = None,
+    v_scale: float = 1.0,
+) -> list[Any]:
+    """What the operator takes."""
     return [
-        q,
-        cache[:, 0],
-        cache[:, 1],
-        forest.qo_indptr,
-        forest.kv_indptr,
-        forest.kv_indices,
-        forest.kv_last_page_len,
-        schedule,
+        forest.q,
+        forest.cache[:, 0],
+        forest.cache[:, 1],
+        *forest.arrays,
+        plan(forest, causal, num_sms, packed),
         causal,
-        sm_scale,
-        options.get("v_scale", 1.0),
+        forest.q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
+        v_scale,
     ]
 
 
-def attention(forest: Forest, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def assert_right(
+    forest: Forest, causal: bool = False, num_sms: int = 4, packed: bool = False, **scales: float
+) -> None:
     from flashinfer_ops.triton_kernels import OPERATORS
 
-    out, lse = OPERATORS["cascade_attention"](*arguments(forest, *args, **options))
-    return out, lse
-
-
-def assert_right(forest: Forest, causal: bool = False, num_sms: int = 4, **options: Any) -> None:
-    out, lse = attention(forest, causal, num_sms, **options)
-    wanted, wanted_lse = forest.oracle(causal, **options)
+    out, lse = OPERATORS["cascade_attention"](*arguments(forest, causal, num_sms, packed, **scales))
+    wanted, wanted_lse = forest.oracle(causal, **scales)
     assert not bool(out.isnan().any())
     assert relative_error(out, wanted) < TOLERANCE[forest.q.dtype]
     assert_lse_close(lse, wanted_lse, LSE_TOLERANCE[forest.q.dtype])
 
 
 @interpreted
+@either_class
 @pytest.mark.parametrize(
     "levels, requests, heads, head_dim, page_size, kv_len, qo_len, causal, dtype",
     [
-        (1, 3, (4, 4), 64, 16, 100, 1, False, torch.float16),
-        (2, 6, (8, 2), 32, 16, 130, 2, True, torch.float32),
-        (2, 5, (6, 2), 24, 5, 200, 9, True, torch.float16),
-        (3, 9, (7, 1), 16, 1, 40, 1, False, torch.float32),
-        (5, 12, (16, 1), 16, 1, 18, 1, False, torch.float16),
-        (2, 3, (32, 1), 16, 64, 150, 7, True, torch.float16),
+        (1, 3, (4, 4), 64, 16, 100, 1, False, HALF),
+        (2, 6, (8, 2), 32, 16, 130, 2, True, FLOAT),
+        (2, 5, (6, 2), 24, 5, 200, 9, True, HALF),
+        (3, 9, (7, 1), 16, 1, 40, 1, False, FLOAT),
+        (5, 12, (16, 1), 16, 1, 18, 1, False, HALF),
+        (2, 3, (32, 1), 16, 64, 150, 7, True, HALF),
+        (2, 3, (200, 1), 16, 16, 60, 2, False, HALF),
     ],
 )
 def test_forests(
@@ -74,6 +88,7 @@ def test_forests(
     qo_len: int,
     causal: bool,
     dtype: torch.dtype,
+    packed: bool,
 ) -> None:
     forest = random_forest(
         levels * 100 + requests,
@@ -88,7 +103,7 @@ def test_forests(
         dtype=dtype,
         extra_rows=3,
     )
-    assert_right(forest, causal, num_sms=16, sm_scale=0.3, v_scale=1.5)
+    assert_right(forest, causal, 16, packed, sm_scale=0.3, v_scale=1.5)
 
 
 @interpreted
@@ -102,11 +117,23 @@ def test_own_pieces_beside_their_tile() -> None:
         num_kv_heads=1,
         head_dim=16,
         max_kv_len=150,
-        dtype=torch.float16,
+        dtype=HALF,
     )
-    schedule = arguments(forest, num_sms=4)[7]
+    schedule = plan(forest, num_sms=4)
     assert int(schedule[3]) > 0 and int(schedule[4]) > 0 and int(schedule[5]) > 0
     assert_right(forest)
+
+
+@interpreted
+def test_stream_units_of_several_blocks_of_rows() -> None:
+    """64 packed rows, and some of 40, of which a float32 block holds 32."""
+    forest = forest_of(
+        [[30], [8, 8, 5, 8, 1]], [[100], [3000, 2900, 3100, 2950, 2000]], num_qo_heads=8,
+        num_kv_heads=1, head_dim=16, page_size=64, dtype=FLOAT,
+    )  # fmt: skip
+    schedule = plan(forest, causal=True, num_sms=4, packed=True)
+    assert int(schedule[4]) > 0 and int(schedule[6]) == 8
+    assert_right(forest, causal=True, packed=True)
 
 
 @interpreted
@@ -120,54 +147,87 @@ def test_levels_that_are_not_nested() -> None:
         head_dim=16,
         max_qo_len=3,
         nested=False,
-        dtype=torch.float16,
+        dtype=HALF,
     )
     assert_right(forest)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_plans_meet_each_pair_once(seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
+@interpreted
+@either_class
+@pytest.mark.parametrize("num_sms", [1, 16])
+def test_many_short_segments(packed: bool, num_sms: int) -> None:
+    """More of them than a chunk takes, and more columns than are found at once; a long one before
+    them, which is walked without masks."""
+    lengths = [1 + 7 * i % 43 for i in range(100)]
+    forest = forest_of(
+        [[100], [70, 30], [1] * 100], [[300], [21, 0], lengths], num_qo_heads=1, num_kv_heads=1,
+        head_dim=16, page_size=3, dtype=HALF,
+    )  # fmt: skip
+    t = tables(plan(forest, num_sms=num_sms, packed=packed), [1, 2, 100])
+    entries = [u[4] - u[3] + u[6] - u[5] for u in t.matrix_units]
+    assert max(entries) > 64 or num_sms > 1
+    if packed:
+        assert any(u[7] % 64 for u in t.matrix_units) or num_sms == 1
+    assert_right(forest, num_sms=num_sms, packed=packed)
 
-    def pick(*values: Any) -> Any:
-        return values[int(torch.randint(len(values), (1,), generator=g))]
 
-    heads = pick((4, 4), (8, 2), (8, 1), (6, 2), (7, 1), (32, 1), (200, 1))
+@interpreted
+@pytest.mark.parametrize("rows", [3, 40, 150])
+def test_causal_segments_of_many_blocks(rows: int) -> None:
+    """Blocks that all rows of a tile see, then those on the diagonal."""
+    forest = forest_of(
+        [[rows], [rows]], [[290], [rows + 700]], num_qo_heads=4, num_kv_heads=2, head_dim=16,
+        page_size=16, dtype=HALF,
+    )  # fmt: skip
+    assert_right(forest, causal=True, num_sms=2, packed=True)
+
+
+@interpreted
+def test_strides() -> None:
+    from flashinfer_ops.triton_kernels.attention import cascade_attention_portable_out
+
     forest = random_forest(
-        seed,
-        num_levels=pick(1, 2, 3, 9),
-        num_requests=pick(1, 5, 30, 70),
-        num_qo_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_dim=1,
-        page_size=pick(1, 5, 16),
-        max_kv_len=pick(20, 70, 300),
-        max_qo_len=pick(1, 1, 3, 7),
-        nested=pick(True, False),
+        7, num_levels=2, num_requests=9, num_qo_heads=6, num_kv_heads=2, head_dim=16, dtype=HALF
     )
-    arrays = (forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len)
-    causal, fast_bytes = pick(True, False), pick(0, 1000, 160 * 1024)
-    schedule = plan_on_host(
-        *arrays, *heads, forest.page_size, causal, pick(2, 132), fast_bytes
-    )
-    check(schedule, *arrays, forest.page_size, causal)
+    args = arguments(forest, num_sms=4)
+    args[1:3] = forest.cache_as("HND", as_tuple=True)
+    args[1:3] = [cache.transpose(1, 2) for cache in args[1:3]]
+    args[0] = forest.q.transpose(0, 1).contiguous().transpose(0, 1)
+    out = torch.full((len(forest.q), 8, 20), torch.nan, dtype=HALF)[:, 1:7, 2:18]
+    lse = torch.full((6, len(forest.q)), torch.nan).t()
+    cascade_attention_portable_out(*args, out, lse)
+    wanted, wanted_lse = forest.oracle()
+    assert relative_error(out, wanted) < TOLERANCE[HALF]
+    assert_lse_close(lse, wanted_lse, LSE_TOLERANCE[HALF])
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("heads, dtype", [((32, 8), torch.float16), ((6, 2), torch.bfloat16)])
+def small_forest(heads: tuple[int, int] = (32, 8), dtype: torch.dtype = HALF) -> Forest:
+    return random_forest(
+        0, num_levels=3, num_requests=40, num_qo_heads=heads[0], num_kv_heads=heads[1],
+        head_dim=128, dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The launchers of a device of that compute capability, none of them made yet."""
+    from flashinfer_ops.triton_kernels import attention
+
+    value = int(request.param)
+    kind = attention._DeviceKind(132, value == 90, value >= 90, True)
+    monkeypatch.setattr(attention, "_device_kind", lambda device: kind)
+    attention._launchers.cache_clear()
+    request.addfinalizer(attention._launchers.cache_clear)
+    return value
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, indirect=True)
+@pytest.mark.parametrize("heads, dtype", [((32, 8), HALF), ((6, 2), torch.bfloat16)])
 def test_compiles(capability: int, heads: tuple[int, int], dtype: torch.dtype) -> None:
-    from flashinfer_ops.triton_kernels import attention as kernels
+    from flashinfer_ops.triton_kernels import OPERATORS
 
-    forest = random_forest(
-        0,
-        num_levels=3,
-        num_requests=40,
-        num_qo_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_dim=128,
-        dtype=dtype,
-    )
-    compiled = compiled_by(capability, kernels.cascade_attention, *arguments(forest))
+    forest = small_forest(heads, dtype)
+    compiled = compiled_by(capability, OPERATORS["cascade_attention"], *arguments(forest))
     assert len(compiled) == 3
     matrix, stream, merge = (kernel.asm["ptx"] for kernel in compiled)
     assert ("wgmma" if capability == 90 else "mma.sync") in matrix
@@ -175,3 +235,72 @@ def test_compiles(capability: int, heads: tuple[int, int], dtype: torch.dtype) -
     for ptx in (matrix, stream):
         assert "cp.async.cg.shared.global" in ptx  # 16 bytes a thread, past the L1
     assert "ld.global.v4" in merge or "ld.global.v2" in merge
+
+
+def kv_buffers(ttgir: str) -> list[int]:
+    """How many buffers each pipelined loop has for its keys, and for its values."""
+    pattern = r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x64x128xf16"
+    return [int(n) for n in re.findall(pattern, ttgir)]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, indirect=True)
+def test_pipelines(capability: int) -> None:
+    from flashinfer_ops.triton_kernels import OPERATORS
+
+    compiled = compiled_by(capability, OPERATORS["cascade_attention"], *arguments(small_forest()))
+    matrix, stream = (kernel.asm["ttgir"] for kernel in compiled[:2])
+    assert kv_buffers(matrix) == [3 if capability == 90 else 2] * 4
+    assert kv_buffers(stream) == [2, 2]
+    # What short segments are made of was found before their loop, which loads keys and values only.
+    block = matrix.rindex("scf.for", 0, matrix.rindex("tt.gather"))
+    loop = matrix[block : matrix.index("scf.yield", block)]
+    assert loop.count("ttg.async_copy_global_to_local") == 2 and "tt.load" not in loop
+
+
+def flat(kinds: Any, args: Any) -> list[tuple[str, Any]]:
+    """The types that a kernel was compiled for, each with the argument that it got."""
+    if not isinstance(kinds, tuple):
+        return [] if kinds == "constexpr" else [(kinds, args)]
+    assert len(kinds) == len(args)
+    return [pair for k, a in zip(kinds, args, strict=True) for pair in flat(k, a)]
+
+
+@pytest.mark.parametrize("capability", [90], indirect=True)
+def test_launches(capability: int) -> None:
+    """What is passed by the JIT compiler: arguments fit what was compiled, and only a call that it
+    would compile another kernel for gets another."""
+    from flashinfer_ops.triton_kernels import attention
+
+    forest = small_forest()
+    args = arguments(forest)
+    out, lse = torch.empty_like(forest.q), torch.empty(forest.q.shape[:2])
+    compiled: list[Any] = []
+    with compiling(capability, compiled) as driver:
+
+        def launches(q: Tensor = args[0], cache: list[Tensor] = args[1:3]) -> tuple[int, list[Any]]:
+            """Kernels compiled for a call, and what is launched, each argument with its type."""
+            del compiled[:], driver.launches[:]
+            attention.cascade_attention_portable_out(q, *cache, *args[3:], out, lse)
+            pairs = [
+                flat(tuple(source.signature.values()), values) for source, values in driver.launches
+            ]
+            return len(compiled), pairs
+
+        number, kernels = launches()
+        assert number == len(kernels) == 3
+        for kernel in kernels:
+            for kind, value in kernel:
+                assert isinstance(value, float if kind == "fp32" else int)
+                assert kind[0] == "*" or kind == "fp32" or (kind == "i32" and value < 1 << 31)
+        indices = [t.data_ptr() for t in forest.kv_indices]
+        pointers = [forest.q, *args[1:3], *forest.kv_indices, args[7], out, lse]
+        for kernel in kernels[:2]:
+            addresses = [value for kind, value in kernel if kind[0] == "*"]
+            assert addresses[:-1] == [t.data_ptr() for t in pointers]
+        assert indices == [value for kind, value in kernels[0] if kind == "*i32"][:3]
+
+        assert launches()[0] == 0
+        assert launches(q=forest.q[:-1])[0] == 0  # as many rows as there are
+        shifted = torch.empty(forest.q.numel() + 1, dtype=HALF)[1:].view(forest.q.shape)
+        assert launches(q=shifted)[0] == 3  # no longer a multiple of 16 bytes
+        assert launches(cache=[t.clone() for t in args[1:3]])[0] == 3  # other strides

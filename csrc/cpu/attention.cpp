@@ -344,6 +344,7 @@ std::tuple<Tensor, Tensor> cascade_attention(Tensor q, Tensor k_cache, Tensor v_
 STABLE_TORCH_LIBRARY_IMPL(flashinfer_ops, CPU, m) {
   m.impl("cascade_attention", TORCH_BOX(&cascade_attention));
   m.impl("cascade_attention.out", TORCH_BOX(&cascade_attention_out));
+  m.impl("cascade_attention.portable", TORCH_BOX(&cascade_attention_out));
 }
 
 }  // namespace

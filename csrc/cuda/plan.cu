@@ -1,5 +1,15 @@
-// Planning cascade attention on the GPU: one block of 1024 threads runs planner.h.
-#include <atomic>
+// Planning cascade attention on the GPU: planner.h run by one block of threads.
+//
+// Grid: one block, of as many threads as a batch of that many groups keeps busy: what all warps do
+// alike (sums over tiles, the choice of runs) costs the more the more warps there are.
+//
+// The kernel lets kernels that depend on it start at once: those that are launched so wait for its
+// end before they read the schedule.
+#include <cuda_pipeline.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
 
 #include "common/cuda.h"
 #include "cuda/planner.h"
@@ -7,24 +17,30 @@
 namespace flashinfer_ops::gpu {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
-constexpr int kFastBytes = 160 * 1024;  // of shared memory for the planner's arrays
-
-struct Shared {
-  Counts warp_total[kWarps];
-  int32_t warp_max[kWarps];
-  float candidate[kCandidates];
-};
-
-__device__ __forceinline__ Counts shuffle_up(const Counts& c, int delta) {
-  return {__shfl_up_sync(~0u, c.plain, delta), __shfl_up_sync(~0u, c.granules, delta),
-          __shfl_up_sync(~0u, c.own, delta), __shfl_up_sync(~0u, c.blocks, delta)};
-}
+constexpr int kSmallThreads = 256;
+constexpr int kLargeThreads = 512;
+constexpr int kSmallGroups = 384;
+#ifdef FLASHINFER_OPS_PLAN_CLOCKS
+constexpr int kStamps = 8;
+#endif
 
 // The threads of one block, as planner.h asks for them.
+template <int kThreads>
 struct DeviceBlock {
-  Shared& shared;
+  static constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps <= 32 && kCandidates == 32);
+
+  int32_t* warp_totals;  // [2, 3, kWarps]
+  int buffer = 0;
+#ifdef FLASHINFER_OPS_PLAN_CLOCKS
+  int64_t start = 0;
+  int32_t stamps[kStamps] = {};
+  __device__ __forceinline__ void stamp(int phase) {
+    stamps[phase] = static_cast<int32_t>(clock64() - start);
+  }
+#else
+  __device__ __forceinline__ void stamp(int phase) {}
+#endif
 
   __device__ __forceinline__ int thread() const { return threadIdx.x; }
   __device__ __forceinline__ int size() const { return kThreads; }
@@ -33,84 +49,190 @@ struct DeviceBlock {
   __device__ __forceinline__ int lane() const { return threadIdx.x & 31; }
   __device__ __forceinline__ int num_lanes() const { return 32; }
   __device__ __forceinline__ void sync() { __syncthreads(); }
-  __device__ __forceinline__ int count(bool x) { return __syncthreads_count(x); }
+  __device__ __forceinline__ void warp_sync() { __syncwarp(); }
+  template <class T>
+  __device__ __forceinline__ void add(T* p, T value) {
+    atomicAdd(p, value);
+  }
   __device__ __forceinline__ void raise(int32_t* p, int value) { atomicMax(p, value); }
-  __device__ __forceinline__ float& candidate(int k) { return shared.candidate[k]; }
-
-  __device__ __forceinline__ float warp_sum(float x) {
-    for (int delta = 16; delta > 0; delta >>= 1) x += __shfl_xor_sync(~0u, x, delta);
-    return x;
+  __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x); }
+  __device__ __forceinline__ int warp_max(int x) { return __reduce_max_sync(~0u, x); }
+  __device__ __forceinline__ int warp_sum(int x) { return __reduce_add_sync(~0u, x); }
+  __device__ __forceinline__ int warp_or(int x) {
+    return static_cast<int>(__reduce_or_sync(~0u, static_cast<unsigned>(x)));
   }
 
-  __device__ __forceinline__ int max(int x) {
-    x = __reduce_max_sync(~0u, x);
-    if (lane() == 0) shared.warp_max[warp()] = x;
-    __syncthreads();
-    x = __reduce_max_sync(~0u, shared.warp_max[lane()]);
-    __syncthreads();
-    return x;
+  // The sum over the lanes before.
+  __device__ __forceinline__ int warp_scan(int x, int* total) {
+    int sum = x;  // inclusive
+    for (int delta = 1; delta < 32; delta <<= 1) {
+      const int other = __shfl_up_sync(~0u, sum, delta);
+      if (lane() >= delta) sum += other;
+    }
+    *total = __shfl_sync(~0u, sum, 31);
+    return sum - x;
+  }
+  __device__ __forceinline__ int warp_rank(bool x, int* total) {
+    const unsigned lanes = __ballot_sync(~0u, x);
+    *total = __popc(lanes);
+    return __popc(lanes & ((1u << lane()) - 1));
   }
 
-  // store(i, sum of load(0) to load(i - 1)) for each i below n; the sum of all for every thread.
-  template <class Load, class Store>
-  __device__ __forceinline__ Counts scan(int n, Load load, Store store) {
-    Counts carry{0, 0, 0, 0};
+  // The first of kCandidates with the lowest time, none of them negative.
+  template <class Time>
+  __device__ __forceinline__ int lowest(Time time) {
+    const unsigned mine = __float_as_uint(time(lane()));
+    return __ffs(__ballot_sync(~0u, mine == __reduce_min_sync(~0u, mine))) - 1;
+  }
+
+  // store(i, sums of load(0) to load(i - 1), load(i)) for each i below n; sums of all in `total`.
+  // One barrier a pass: warps leave their sums in one of two buffers by turns.
+  template <int N, class Load, class Store>
+  __device__ __forceinline__ void scan(int n, Load load, Store store, int (&total)[N]) {
+    for (int j = 0; j < N; ++j) total[j] = 0;
     for (int base = 0; base < n; base += kThreads) {
       const int i = base + thread();
-      const Counts value = i < n ? load(i) : Counts{0, 0, 0, 0};
-      Counts sum = value;  // inclusive
-      for (int delta = 1; delta < 32; delta <<= 1) {
-        const Counts other = shuffle_up(sum, delta);
-        if (lane() >= delta) sum = sum + other;
+      int value[N] = {}, at[N];
+      if (i < n) load(i, value);
+      for (int j = 0; j < N; ++j) {
+        int sum;
+        at[j] = warp_scan(value[j], &sum);
+        if (lane() == 0) warp_totals[(buffer * 3 + j) * kWarps + warp()] = sum;
       }
-      if (lane() == 31) shared.warp_total[warp()] = sum;
       __syncthreads();
-      Counts totals = shared.warp_total[lane()];
-      for (int delta = 1; delta < 32; delta <<= 1) {
-        const Counts other = shuffle_up(totals, delta);
-        if (lane() >= delta) totals = totals + other;
+      for (int j = 0; j < N; ++j) {
+        const int sum = lane() < kWarps ? warp_totals[(buffer * 3 + j) * kWarps + lane()] : 0;
+        at[j] += add_up(total[j], warp_sum(lane() < warp() ? sum : 0));
+        total[j] = add_up(total[j], warp_sum(sum));
       }
-      const auto of_lane = [&](int from) {
-        return Counts{__shfl_sync(~0u, totals.plain, from), __shfl_sync(~0u, totals.granules, from),
-                      __shfl_sync(~0u, totals.own, from), __shfl_sync(~0u, totals.blocks, from)};
-      };
-      const Counts lower = of_lane(warp() > 0 ? warp() - 1 : 0);
-      Counts at = carry;
-      if (warp() > 0) at = at + lower;
-      at = {at.plain + sum.plain - value.plain, at.granules + sum.granules - value.granules,
-            at.own + sum.own - value.own, at.blocks + sum.blocks - value.blocks};
-      if (i < n) store(i, at);
-      carry = carry + of_lane(31);
-      __syncthreads();
+      if (i < n) store(i, at, value);
+      buffer ^= 1;
     }
-    return carry;
   }
 };
 
+// The planner's arrays in shared memory, as the compiler knows.
+struct SharedMemory {
+  int32_t* base;
+  int capacity;  // words
+  int used = 0;
+
+  __device__ __forceinline__ explicit SharedMemory(int capacity) : capacity(capacity) {
+    extern __shared__ int4 words[];
+    auto address = static_cast<unsigned>(__cvta_generic_to_shared(words));
+    // Else the compiler computes it wherever it is used, from a special register that is slow.
+    asm volatile("" : "+r"(address));
+    base = static_cast<int32_t*>(__cvta_shared_to_generic(address));
+  }
+  __device__ __forceinline__ int32_t* ints(int n) {
+    int32_t* p = base + used;
+    used += (n + 3) & ~3;
+    return p;
+  }
+  __device__ __forceinline__ bool fits() const { return used <= capacity; }
+  __device__ __forceinline__ void copy(int32_t* to, const int32_t* from) {
+    __pipeline_memcpy_async(to, from, sizeof(int32_t));
+  }
+  __device__ __forceinline__ void wait() {
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+  }
+};
+
+template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
     plan_kernel(const __grid_constant__ PlanInput in, const __grid_constant__ Layout layout,
-                int32_t* schedule) {
-  extern __shared__ __align__(16) char fast[];
-  __shared__ Shared shared;
-  DeviceBlock block{shared};
-  Planner<DeviceBlock>(block, in, layout, schedule, fast, kFastBytes).run();
+                int32_t* schedule, int shared_words) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  using Block = DeviceBlock<kThreads>;
+  SharedMemory shared(shared_words);
+  Block block{shared.ints(6 * Block::kWarps)};
+#ifdef FLASHINFER_OPS_PLAN_CLOCKS
+  block.start = clock64();
+#endif
+  if (!Planner<Block, SharedMemory>(block, in, layout, schedule, shared).run()) {
+    const PlainMemory memory{schedule + layout.work_at, layout.words - layout.work_at};
+    Planner<Block, PlainMemory>(block, in, layout, schedule, memory).run();
+  }
+#ifdef FLASHINFER_OPS_PLAN_CLOCKS
+  if (threadIdx.x == 0) {
+    block.stamp(kStamps - 1);
+    for (int i = 0; i < kStamps; ++i) {
+      reinterpret_cast<Header*>(schedule)->reserved[i] = block.stamps[i];
+    }
+  }
+#endif
 }
 
-// The current device's number of SMs; asked for, and the kernel made ready there, once.
-int prepare(int device) {
-  constexpr int kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> cached{};
-  const bool known = device >= 0 && device < kDevices;
-  int sms = known ? cached[device].load() : 0;
-  if (sms == 0) {
-    check_cuda(cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    kFastBytes),
+struct DeviceKind {
+  int32_t num_sms;
+  int32_t packed;  // Hopper: sm_90a's kernel runs on compute capability 9.0 and nothing else
+  int32_t shared_words;
+};
+
+// Asks for the current device's kind and makes the kernels ready there.
+DeviceKind prepare(int device) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  const int shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  for (const auto kernel : {plan_kernel<kSmallThreads>, plan_kernel<kLargeThreads>}) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "cudaFuncSetAttribute");
+    // As attention's kernels have it: an SM changes its division only when nothing runs there.
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
                "cudaFuncSetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
-    if (known) cached[device].store(sms);
   }
-  return sms;
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+              attribute(cudaDevAttrComputeCapabilityMinor) == 0,
+          shared_bytes / 4};
+}
+
+DeviceKind kind_of(int device) {
+  constexpr int kDevices = 64;
+  static std::array<std::once_flag, kDevices> asked;
+  static std::array<DeviceKind, kDevices> kinds;
+  if (device < 0 || device >= kDevices) return prepare(device);
+  std::call_once(asked[device], [&] { kinds[device] = prepare(device); });
+  return kinds[device];
+}
+
+// Words of shared memory for the planner's arrays: as many as batches of these shapes are likely to
+// take, with 256 tiles and one more for four requests. Others are planned in the schedule's work
+// space.
+int shared_words(const PlanInput& in, const Layout& layout, int most) {
+  const int64_t levels = in.num_levels, groups = in.first_group[levels];
+  const int64_t requests = groups - in.first_group[levels - 1];
+  const int64_t tiles = std::min(layout.tiles, kBaseTiles + requests / 4),
+                pieces = groups + levels * tiles;
+  const int64_t words = 3 * groups + 2 * levels + (2 * levels + 18) * tiles + 7 * pieces + 640;
+  return static_cast<int>(std::min<int64_t>(words, most));
+}
+
+Costs costs_of(bool packed) {
+  Costs costs = packed ? kPackedCosts : kPlainCosts;
+#ifdef FLASHINFER_OPS_TUNE
+  // For measurements: another set of costs for every call of one process.
+  if (const char* text = std::getenv("FLASHINFER_OPS_COSTS")) {
+    float values[sizeof(Costs) / sizeof(float)];
+    for (float& value : values) {
+      char* end = nullptr;
+      value = std::strtof(text, &end);
+      STD_TORCH_CHECK(end != text, "FLASHINFER_OPS_COSTS has fewer than ",
+                      sizeof(Costs) / sizeof(float), " numbers");
+      text = *end == ',' ? end + 1 : end;
+    }
+    std::memcpy(&costs, values, sizeof(Costs));
+  }
+#endif
+  return costs;
 }
 
 // cascade_plan.out(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len,
@@ -140,29 +262,38 @@ void cascade_plan_out(const std::vector<Tensor>& qo_indptr, const std::vector<Te
     check_same_device(kv_indptr[l], schedule, "kv_indptr");
     check_same_device(kv_last_page_len[l], schedule, "kv_last_page_len");
     num_groups[l] = kv_indptr[l].size(0) - 1;
-    STD_TORCH_CHECK(num_groups[l] >= 0 && num_groups[l] < kNoDiagonal, "kv_indptr[", l, "] has ",
-                    num_groups[l] + 1, " elements, expected at least one, below 2^30");
+    STD_TORCH_CHECK(num_groups[l] >= 0, "kv_indptr[", l,
+                    "] is empty, expected one element or more");
     check_sizes(qo_indptr[l], {num_groups[l] + 1}, "qo_indptr");
     check_sizes(kv_last_page_len[l], {num_groups[l]}, "kv_last_page_len");
     in.qo_indptr[l] = static_cast<const int32_t*>(qo_indptr[l].data_ptr());
     in.kv_indptr[l] = static_cast<const int32_t*>(kv_indptr[l].data_ptr());
     in.kv_last_page_len[l] = static_cast<const int32_t*>(kv_last_page_len[l].data_ptr());
-    in.num_groups[l] = static_cast<int32_t>(num_groups[l]);
+    STD_TORCH_CHECK(in.first_group[l] + num_groups[l] <= kMaxGroups, "the plan has more than ",
+                    kMaxGroups, " groups");
+    in.first_group[l + 1] = in.first_group[l] + static_cast<int32_t>(num_groups[l]);
   }
   const Layout layout(num_groups, static_cast<int64_t>(levels));
   check_index(schedule, "schedule");
   check_sizes(schedule, {layout.words}, "schedule");
-  STD_TORCH_CHECK(layout.words < (int64_t{1} << 31), "the plan has too many groups: its schedule "
-                  "would take ", layout.words, " words");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(schedule.data_ptr()) % 16 == 0,
+                  "schedule is not aligned to 16 bytes");
   const OnDevice on(schedule);
   in.num_levels = static_cast<int32_t>(levels);
   in.page_size = static_cast<int32_t>(page_size);
   in.group_size = static_cast<int32_t>(num_qo_heads / num_kv_heads);
   in.num_kv_heads = static_cast<int32_t>(num_kv_heads);
   in.causal = causal;
-  in.num_sms = prepare(schedule.get_device_index());
-  plan_kernel<<<1, kThreads, kFastBytes, on.stream()>>>(
-      in, layout, static_cast<int32_t*>(schedule.data_ptr()));
+  const DeviceKind kind = kind_of(schedule.get_device_index());
+  in.num_sms = kind.num_sms;
+  in.packed = kind.packed;
+  in.costs = costs_of(kind.packed);
+  derive(in);
+  const int words = shared_words(in, layout, kind.shared_words);
+  const bool small = in.first_group[levels] <= kSmallGroups;
+  const auto kernel = small ? plan_kernel<kSmallThreads> : plan_kernel<kLargeThreads>;
+  kernel<<<1, small ? kSmallThreads : kLargeThreads, 4 * words, on.stream()>>>(
+      in, layout, static_cast<int32_t*>(schedule.data_ptr()), words);
   check_launch("cascade_plan");
 }
 
@@ -176,8 +307,7 @@ Tensor cascade_plan(const std::vector<Tensor>& qo_indptr, const std::vector<Tens
   int64_t num_groups[kMaxLevels];
   for (size_t l = 0; l < kv_indptr.size(); ++l) num_groups[l] = kv_indptr[l].size(0) - 1;
   const Layout layout(num_groups, static_cast<int64_t>(kv_indptr.size()));
-  Tensor schedule =
-      empty_cuda(kv_indptr[0], std::array<int64_t, 1>{layout.words}, ScalarType::Int);
+  Tensor schedule = empty_cuda(kv_indptr[0], std::array<int64_t, 1>{layout.words}, ScalarType::Int);
   cascade_plan_out(qo_indptr, kv_indptr, kv_last_page_len, num_qo_heads, num_kv_heads, head_dim,
                    page_size, causal, schedule);
   return schedule;

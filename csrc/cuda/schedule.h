@@ -10,8 +10,16 @@
 //   Segment      KV tokens of one group that the tile's rows, or some of them, see
 //   granule      a Segment of at most kGranule tokens; four of them fill a block of columns, so
 //                that short nodes of a tree share the block's product
-//   StreamUnit   up to 16 packed rows of an own piece and a run of its KV
+//   StreamUnit   an own piece, of up to kStreamRows packed rows, and a run of its KV
 //   OwnPiece     rows of a tile and the number and first rank of the states they have from it
+//
+// A walk is measured in tokens and cut at multiples of kBlock. Schedules are of two classes:
+//
+//   packed       for Hopper's own kernel, which gathers a block's tokens one by one: no granules; a
+//                walk is its segments' tokens one after the other, so that a block may hold the
+//                tail of one segment and the heads of others
+//   not packed   short pieces are granules; each segment begins with a block of its own, so that
+//                the walk counts whole blocks
 //
 // A row's states have ranks: those of its tile's matrix units first, then its own pieces', level by
 // level. A tile with more than one rank has scratch rows for partial states, [rank][row of tile].
@@ -29,8 +37,9 @@ constexpr int kHeaderWords = 16;
 constexpr int kBaseTiles = 256;
 constexpr int kExtraUnits = 1024;
 constexpr int kBasePartialRows = 2048;
-constexpr int kBlock = 64;    // columns of a product: the step in which a walk is cut
-constexpr int kGranule = 16;  // columns
+constexpr int kBlock = 64;       // columns of a product: the step in which a walk is cut
+constexpr int kGranule = 16;     // columns
+constexpr int kStreamRows = 64;  // packed rows of a stream unit
 constexpr int32_t kNoDiagonal = 1 << 30;
 
 struct Header {
@@ -40,10 +49,11 @@ struct Header {
   int32_t num_matrix_units;
   int32_t num_stream_units;
   int32_t num_partial_rows;
-  int32_t reserved[10];
+  int32_t stream_tokens;  // query tokens that a stream unit has at most
+  int32_t reserved[9];
 };
 
-struct Tile {
+struct alignas(16) Tile {
   int32_t row_begin;  // query tokens [row_begin, row_end)
   int32_t row_end;
   int32_t num_matrix_states;  // ranks [0, num_matrix_states) are the tile's matrix units'
@@ -54,7 +64,7 @@ struct Tile {
   int32_t reserved;
 };
 
-struct MatrixUnit {
+struct alignas(16) MatrixUnit {
   int32_t row_begin;  // query tokens of the tile
   int32_t row_end;
   int32_t partial_row;  // scratch row of row_begin's state, or -1: to the output
@@ -64,10 +74,17 @@ struct MatrixUnit {
   int32_t segment_end;
   int32_t first_kv;  // where the first segment's KV starts for this unit,
   int32_t last_kv;   // and where the last one's ends
-  int32_t reserved[7];
+  // The first segment, so that a kernel starts without loading it; zero where there is none.
+  int32_t level;
+  int32_t page_begin;
+  int32_t segment_row_begin;
+  int32_t segment_row_end;
+  int32_t diagonal;
+  int32_t first_end;  // where its KV ends for this unit
+  int32_t tokens;     // of the walk in this unit's segments
 };
 
-struct StreamUnit {
+struct alignas(16) StreamUnit {
   int32_t row_begin;  // query tokens
   int32_t row_end;
   int32_t partial_row;  // as above
@@ -78,7 +95,7 @@ struct StreamUnit {
   int32_t diagonal;
 };
 
-struct Segment {
+struct alignas(16) Segment {
   int32_t level;
   int32_t page_begin;  // kv_indptr[level][group]: where the group's pages start in kv_indices
   int32_t kv_begin;    // KV tokens [kv_begin, kv_end) of the group
@@ -86,10 +103,10 @@ struct Segment {
   int32_t row_begin;  // the query tokens that see them
   int32_t row_end;
   int32_t diagonal;  // row sees KV token j when j <= row + diagonal; kNoDiagonal when not causal
-  int32_t reserved;
+  int32_t walk;      // tokens of the tile's walk before this segment, after the granules'; 0 in one
 };
 
-struct OwnPiece {
+struct alignas(16) OwnPiece {
   int32_t row_begin;
   int32_t row_end;
   int32_t rank;  // of its first state
@@ -121,8 +138,9 @@ struct Layout {
     granule_at = segment_at + 8 * segments;
     own_at = granule_at + 8 * granules;
     work_at = own_at + 4 * pieces;
-    // The planner's arrays when none fits into fast memory.
-    words = work_at + 2 * groups + num_levels + (2 * num_levels + 6) * tiles + 9 * pieces + 96;
+    // The planner's arrays when they do not fit into shared memory.
+    words =
+        work_at + 3 * groups + 2 * num_levels + (2 * num_levels + 18) * tiles + 7 * pieces + 384;
   }
 };
 

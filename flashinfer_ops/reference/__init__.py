@@ -30,6 +30,7 @@ OPERATORS = {
     "cascade_plan.out": cascade_plan_out,
     "cascade_attention": cascade_attention,
     "cascade_attention.out": cascade_attention_out,
+    "cascade_attention.portable": cascade_attention_out,
 }
 
 

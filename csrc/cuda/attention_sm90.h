@@ -1,0 +1,153 @@
+// What the parts of Hopper's attention kernel share: parameters, shared memory, roles.
+//
+// Grid: one CTA an SM, each with a fixed list of items. Block: three warpgroups. The first one
+// produces, with two warps that look up where each column of KV lies and start the bulk copies, and
+// two that copy what is not in one piece; the others consume, each 64 packed rows at a time. An
+// item is a unit of the schedule (schedule.h) and a KV head: a pair item has up to 128 packed rows
+// and is served by both consumers, a solo item up to 64 and is served by one.
+//
+// KV goes through a ring of stages, each kColumns tokens of K and V, rows of 128 bytes in the
+// swizzled order of the matrix unit. Each lookup warp and each gather warp has half of the columns.
+//
+//   lookup warps --bulk copies--> stage --> consumers --> back
+//         \\--entry--> gather warps --/
+//           \\--entry--> consumers --> back
+#pragma once
+
+#include <cuda.h>
+
+#include "common/cuda.h"
+#include "cuda/schedule.h"
+#include "cuda/sm90.h"
+
+namespace flashinfer_ops::sm90 {
+
+using gpu::kMaxLevels;
+
+constexpr int kWarpgroup = 128;
+constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kLookupWarps = 2;
+constexpr int kGatherWarps = 2;
+constexpr int kConsumers = 2;
+constexpr int kConsumerWarps = 4 * kConsumers;
+constexpr int kRows = 64;     // packed rows of a consumer
+constexpr int kColumns = 64;  // KV tokens of a stage
+constexpr int kRun = 16;      // of them, neighbours in a page, are copied at once
+constexpr int kEntries = 8;   // that the lookup may be ahead of the slower consumer
+
+struct Strides {
+  int64_t token, head;  // in bytes
+};
+struct CacheStrides {
+  int64_t page, slot, head;  // in bytes
+};
+
+struct Params {
+  // Of the caches: 16 slots of a page by 64 elements of a head, where the strides allow it.
+  CUtensorMap k_map, v_map;
+  const char* q;
+  const char* k_cache;
+  const char* v_cache;
+  char* out;
+  float* lse;
+  char* partial_o;     // [partial row, query head, head_dim] of q's dtype
+  float* partial_lse;  // [partial row, query head]
+  const int32_t* schedule;
+  const int32_t* kv_indices[kMaxLevels];
+  Strides q_stride, out_stride, lse_stride;
+  CacheStrides k_stride, v_stride;
+  int32_t num_rows;
+  int32_t num_pages;
+  int32_t has_tensor_maps;
+  int32_t num_kv_heads;
+  int32_t num_qo_heads;
+  Divisor group_size{1};
+  Divisor page_size{1};
+  Divisor kv_heads{1};
+  int32_t matrix_at, stream_at, segment_at, tile_at, own_at;  // in words of the schedule
+  float scale_log2;                                           // sm_scale * log2(e), above 0
+  float v_scale;
+};
+
+// What an item is, for those who load its queries and store its result.
+struct Item {
+  int32_t first_token;   // of the unit
+  int32_t end_token;     // rows of q from here on are not the unit's
+  int32_t first_packed;  // the item's first packed row, counted from first_token's
+  int32_t kv_head;
+  int32_t partial_row;  // scratch row of first_token's state, or -1: to the output
+};
+
+namespace flag {
+constexpr int kConsumer0 = 1, kConsumer1 = 2;  // who serves the item
+constexpr int kFirst = 4, kLast = 8;           // block of the item
+constexpr int kMasked = 16;                    // some row does not see some column
+constexpr int kStop = 32;                      // no further block
+}  // namespace flag
+
+// One block of columns, from the lookup to the others.
+struct alignas(16) Entry {
+  int2 seen_by[kColumns];  // query tokens [x, y)
+  // Of columns that are gathered: bytes from the cache's start, or -1 where no row sees the column.
+  int64_t k[kColumns];
+  int64_t v[kColumns];
+  // 16 bytes that are read together.
+  int32_t flags;
+  int32_t gathered[kLookupWarps];  // which of the runs of a warp's columns are gathered: bits 0, 1
+  int32_t reserved;
+  Item item;
+};
+
+template <int kHeadDim>
+struct Shape {
+  static constexpr int kChunks = kHeadDim / 8;            // of 16 bytes, in a row
+  static constexpr int kAtoms = kHeadDim / 64;            // of 128 bytes
+  static constexpr int kAtomBytes = kColumns * 128;       // 64 rows of one atom
+  static constexpr int kTileBytes = kAtoms * kAtomBytes;  // K or V of a stage, Q of a consumer
+  static constexpr int kStages = kHeadDim == 64 ? 12 : kHeadDim == 128 ? 6 : 2;
+  // Queries stay in registers where there is room.
+  static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
+  static constexpr int kStepBlocks = kHeadDim <= 128 ? 2 : 1;  // that a consumer takes at once
+  static constexpr int kProducerRegisters = 88;
+  static constexpr int kConsumerRegisters = 208;
+};
+
+template <int kHeadDim>
+struct Shared {
+  using S = Shape<kHeadDim>;
+  alignas(1024) char k[S::kStages][S::kTileBytes];
+  alignas(1024) char v[S::kStages][S::kTileBytes];
+  alignas(1024) char q[S::kQueriesInRegisters ? 1 : kConsumers * S::kTileBytes];
+  Entry entries[kEntries];
+  uint64_t entry_full[kEntries], entry_empty[kEntries];
+  uint64_t k_full[S::kStages], k_empty[S::kStages];
+  uint64_t v_full[S::kStages], v_empty[S::kStages];
+};
+
+// A place in a ring and the parity of the round through it.
+template <int kSize>
+struct RingPlace {
+  int index = 0;
+  int parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++index == kSize) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Bytes from a tile's start to a 16-byte chunk of a row.
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk, int atom_bytes) {
+  return (chunk >> 3) * atom_bytes + row * 128 + (((chunk ^ row) & 7) << 4);
+}
+
+// Bytes from q's or out's start to a row of an item; `packed` counts from the unit's first.
+__device__ __forceinline__ int64_t row_offset(const Params& params, const Item& item, int token,
+                                              int packed, const Strides& stride) {
+  const int group = params.group_size.divisor;
+  const int head = item.kv_head * group + packed - (token - item.first_token) * group;
+  return token * stride.token + head * stride.head;
+}
+
+}  // namespace flashinfer_ops::sm90

@@ -1,0 +1,235 @@
+// Step 3 of the planner (planner.h): what each tile sees, and whether it walks it or pieces own it.
+//
+// A warp takes a run of tiles and its lanes take pieces. It goes over them twice: to count, and
+// once the counts of the tiles before are known, to write segments, granules and own pieces in
+// place.
+#pragma once
+
+#include "cuda/planner.h"
+
+namespace flashinfer_ops::gpu {
+
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::first_tile(int warp) const {
+  return min_int(warp * ceil_div(num_tiles, block.num_warps()), num_tiles);
+}
+
+// The groups of each level that share rows with the warp's tiles: a lane searches for one level of
+// a tile, then the lanes add up the levels of each tile.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::find_levels(int begin, int end) {
+  const int levels = in.num_levels;
+  FLASHINFER_OPS_ROLLED
+  for (int e = begin * levels + block.lane(); e < end * levels; e += block.num_lanes()) {
+    const int tile = divide(e, levels), l = e - tile * levels, n = num_groups(l);
+    const Found found = count_up_to(level_rows(l), n + 1, tile_row[tile], tile_row[tile + 1] - 1);
+    entry_group[e] = max_int(found.x - 1, 0);
+    entry_piece[e + tile] = max_int(min_int(found.y, n) - entry_group[e], 0);
+  }
+  block.warp_sync();
+  FLASHINFER_OPS_ROLLED
+  for (int tile = begin; tile < end; ++tile) {
+    int32_t* before = entry_piece + tile * (levels + 1);
+    int pieces = 0;
+    FLASHINFER_OPS_ROLLED
+    for (int base = 0; base < levels; base += block.num_lanes()) {
+      const int l = base + block.lane();
+      int total;
+      const int at = block.warp_scan(l < levels ? before[l] : 0, &total);
+      if (l < levels) before[l] = pieces + at;
+      pieces += total;
+    }
+    if (block.lane() == 0) before[levels] = pieces;
+  }
+  block.warp_sync();
+}
+
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE Piece Planner<Block, Memory>::piece(int tile, int level, int group) const {
+  const int32_t* rows = level_rows(level);
+  const int begin = rows[group], end = rows[group + 1];
+  Piece x{tile,
+          level,
+          group,
+          max_int(begin, tile_row[tile]),
+          min_int(end, tile_row[tile + 1]),
+          lengths[in.first_group[level] + group],
+          kNoDiagonal};
+  if (in.causal && level == in.num_levels - 1) {
+    // The group's last row sees all its KV, each row before it one token less.
+    x.diagonal = x.kv_end - end;
+    x.kv_end = min_int(x.kv_end, x.row_end + x.diagonal);
+  }
+  if (x.row_begin >= x.row_end) x.kv_end = 0;
+  return x;
+}
+
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE Piece Planner<Block, Memory>::piece_of_tile(int tile, int p) const {
+  const int32_t* before = entry_piece + tile * (in.num_levels + 1);
+  const int level = count_up_to(before + 1, in.num_levels - 1, p);
+  return piece(tile, level, entry_group[tile * in.num_levels + level] + p - before[level]);
+}
+
+// An own piece's ranks follow its ancestors', so each piece above it holds all its rows or none.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::nested(const Piece& x) const {
+  if (x.row_end - x.row_begin == 1) return true;
+  FLASHINFER_OPS_ROLLED
+  for (int l = 0; l < x.level; ++l) {
+    const int32_t* before = entry_piece + x.tile * (in.num_levels + 1) + l;
+    const int32_t* borders = level_rows(l) + entry_group[x.tile * in.num_levels + l];
+    const int n = before[1] - before[0] + 1;
+    const int next = count_up_to(borders, n, x.row_begin);
+    if (next < n && borders[next] < x.row_end) return false;
+  }
+  return true;
+}
+
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE Kind Planner<Block, Memory>::kind(const Piece& x, bool all_kinds) const {
+  if (x.kv_end <= 0) return Kind::kNone;
+  if (!all_kinds) return Kind::kSegment;
+  const int tokens = x.row_end - x.row_begin;
+  const bool whole = tokens == tile_row[x.tile + 1] - tile_row[x.tile];
+  if (!whole && tokens <= in.own_part) {
+    const Costs& c = in.costs;
+    const int parts = ceil_div(tokens, in.stream_part);
+    const float own = c.own_token + product(c.own_again, parts - 1);
+    const float gain = product(x.kv_end, c.matrix_token[tile_class] - own);
+    const float loss = product(c.own_unit, parts) + product(c.state, tokens * in.group_size);
+    if (gain > loss && nested(x)) return Kind::kOwn;
+  }
+  return !in.packed && x.kv_end <= kGatherTokens ? Kind::kGranules : Kind::kSegment;
+}
+
+// Tokens that a segment takes of its tile's walk.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::walk_tokens(const Piece& x) const {
+  return in.packed ? x.kv_end : blocks_of(x.kv_end) * kBlock;
+}
+
+// One pass over a tile's pieces, whose counts it returns. `at` counts those of the tiles before.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, const Counts& at,
+                                                                  bool all_kinds, bool write,
+                                                                  int* own_levels) {
+  auto* segments = table<Segment>(layout.segment_at);
+  auto* granules = table<Segment>(layout.granule_at);
+  const int pieces = entry_piece[tile * (in.num_levels + 1) + in.num_levels];
+  Counts sum{};
+  *own_levels = 0;
+  FLASHINFER_OPS_ROLLED
+  for (int base = 0; base < pieces; base += block.num_lanes()) {
+    Piece x{};
+    Kind k = Kind::kNone;
+    if (base + block.lane() < pieces) {
+      x = piece_of_tile(tile, base + block.lane());
+      k = kind(x, all_kinds);
+    }
+    const int granule_count = k == Kind::kGranules ? ceil_div(x.kv_end, kGranule) : 0;
+    int segment_total, own_total, token_total, granule_total = 0, g = 0;
+    const int s = at.plain + sum.plain + block.warp_rank(k == Kind::kSegment, &segment_total);
+    const int o = at.own + sum.own + block.warp_rank(k == Kind::kOwn, &own_total);
+    const int walk =
+        sum.tokens + block.warp_scan(k == Kind::kSegment ? walk_tokens(x) : 0, &token_total);
+    if (!in.packed) {
+      g = at.granules + sum.granules + block.warp_scan(granule_count, &granule_total);
+    }
+    sum = {sum.plain + segment_total, sum.granules + granule_total, sum.own + own_total,
+           add_up(sum.tokens, token_total)};
+    if (k == Kind::kOwn) *own_levels |= 1 << x.level;
+    if (!write || k == Kind::kNone) continue;
+
+    if (k == Kind::kOwn) {
+      const int rows = x.row_end - x.row_begin;
+      own_place[2 * o] = tile * kMaxLevels + x.level;
+      own_place[2 * o + 1] = x.group;
+      own_walks[o] = {blocks_of(x.kv_end), rows, ceil_div(rows, in.stream_part), 0};
+      block.raise(longest_own, own_walks[o].blocks);
+      continue;
+    }
+    Segment segment{x.level, first_page(x), 0, x.kv_end, x.row_begin, x.row_end, x.diagonal, walk};
+    if (k == Kind::kSegment) {
+      segments[s] = segment;
+      segment_walk[s] = walk;
+    }
+    segment.walk = 0;
+    FLASHINFER_OPS_ROLLED
+    for (int i = 0; i < granule_count && g + i < layout.granules; ++i) {
+      segment.kv_begin = i * kGranule;
+      segment.kv_end = min_int(segment.kv_begin + kGranule, x.kv_end);
+      granules[g + i] = segment;
+    }
+  }
+  return sum;
+}
+
+// The first pass counts. Once the counts of the tiles before are known, the second writes segments,
+// granules and own pieces.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds) {
+  const int begin = first_tile(block.warp()), end = first_tile(block.warp() + 1);
+  // Zeros for step 4; the barrier between the passes is one for these too.
+  for (int i = block.thread(); i < 8 * kCandidates; i += block.size()) {
+    reinterpret_cast<int32_t*>(run_sums)[i] = 0;
+  }
+  if (block.thread() == 0) *longest_own = 0;
+  find_levels(begin, end);
+  Counts at{};
+  FLASHINFER_OPS_ROLLED
+  for (int pass = 0; pass < 2; ++pass) {
+    if (pass == 1) {
+      block.sync();
+      block.stamp(2);
+      at = sum_counts(begin);
+      if (!memory.fits()) return false;
+    }
+    FLASHINFER_OPS_ROLLED
+    for (int tile = begin; tile < end; ++tile) {
+      int own_levels;
+      const Counts c = visit_tile(tile, at, all_kinds, pass == 1, &own_levels);
+      own_levels = block.warp_or(own_levels);
+      if (pass == 1) {
+        if (block.lane() == 0) tile_first[tile] = at;
+        at = {at.plain + c.plain, at.granules + c.granules, at.own + c.own, 0};
+      } else if (block.lane() == 0) {
+        const int rows = tile_row[tile + 1] - tile_row[tile];
+        const int blocks = blocks_of(c.granules * kGranule) + blocks_of(c.tokens);
+        tile_counts[tile] = c;
+        tile_walks[tile] = {blocks, rows, ceil_div(rows, in.tile_part), own_levels};
+        tile_ranks[tile] = 0;
+      }
+    }
+  }
+  block.sync();
+  return true;
+}
+
+// Of the tiles before `tile`. Also makes room for what all tiles have.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::sum_counts(int tile) {
+  Counts at{}, all{};
+  longest_walk = 0;
+  FLASHINFER_OPS_ROLLED
+  for (int t = block.lane(); t < num_tiles; t += block.num_lanes()) {
+    const Counts c = tile_counts[t];
+    const int counted = t < tile;
+    at = {at.plain + counted * c.plain, at.granules + counted * c.granules,
+          at.own + counted * c.own, 0};
+    all = {all.plain + c.plain, all.granules + c.granules, all.own + c.own, 0};
+    longest_walk = max_int(longest_walk, tile_walks[t].blocks);
+  }
+  at = {block.warp_sum(at.plain), block.warp_sum(at.granules), block.warp_sum(at.own), 0};
+  all = {block.warp_sum(all.plain), block.warp_sum(all.granules), block.warp_sum(all.own), 0};
+  longest_walk = block.warp_max(longest_walk);
+  num_own = all.own;
+  segment_walk = memory.ints(all.plain);
+  own_place = memory.ints(2 * num_own);
+  own_walks = reinterpret_cast<Walk*>(memory.ints(4 * num_own));
+  own_units = memory.ints(num_own + 1);
+  if (memory.fits() && block.thread() == 0) tile_first[num_tiles] = all;
+  return at;
+}
+
+}  // namespace flashinfer_ops::gpu

@@ -1,0 +1,130 @@
+// Steps 1 and 2 of the planner (planner.h): groups into fast memory, tiles of rows.
+#pragma once
+
+#include "cuda/planner.h"
+
+namespace flashinfer_ops::gpu {
+
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::load_groups() {
+  const int levels = in.num_levels, groups = in.first_group[levels];
+  int32_t* live = memory.ints(kMaxLevels);  // groups of a level that have rows and KV
+  rows_at = memory.ints(groups + levels);
+  pages = memory.ints(groups + levels);
+  lengths = memory.ints(groups);
+  if (!memory.fits()) return false;
+  // Copies are on their way together, however many levels there are.
+  FLASHINFER_OPS_ROLLED
+  for (int l = 0; l < levels; ++l) {
+    const int n = num_groups(l), first = in.first_group[l];
+    FLASHINFER_OPS_ROLLED
+    for (int g = block.thread(); g <= n; g += block.size()) {
+      memory.copy(rows_at + first + l + g, in.qo_indptr[l] + g);
+      memory.copy(pages + first + l + g, in.kv_indptr[l] + g);
+      if (g < n) memory.copy(lengths + first + g, in.kv_last_page_len[l] + g);
+    }
+    if (block.thread() == 0) live[l] = 0;
+  }
+  memory.wait();
+  block.sync();
+
+  bool bad = false;
+  FLASHINFER_OPS_ROLLED
+  for (int i = block.thread(); i < groups; i += block.size()) {
+    int level = 0;
+    FLASHINFER_OPS_ROLLED
+    for (int l = 1; l < levels; ++l) level += i >= in.first_group[l];
+    const int row = rows_at[i + level], next_row = rows_at[i + level + 1];
+    const int64_t full = int64_t{pages[i + level + 1]} - pages[i + level] - 1;
+    const int64_t slots = full * in.page_size + lengths[i];
+    const int length = static_cast<int>(full < 0 || slots < 0 ? 0 : slots);
+    bad |= row < 0 || row > next_row || slots > kMaxLength;
+    lengths[i] = length;
+    if (row < next_row && length > 0) block.add(live + level, 1);
+  }
+  bad = block.any(bad);
+
+  // Tiles end where groups do: those of the deepest level that fill most of a tile on average.
+  FLASHINFER_OPS_ROLLED
+  for (int l = block.lane(); l < levels; l += block.num_lanes()) {
+    const int n = num_groups(l), begin = level_rows(l)[0], end = level_rows(l)[n];
+    num_tokens = max_int(num_tokens, end);
+    const bool wide = (int64_t{end} - begin) * in.group_size >= int64_t{kAlignRows} * live[l];
+    if (live[l] > 0 && wide && n + 2 <= layout.tiles - kBaseTiles / 2) align_level = l;
+  }
+  num_tokens = block.warp_max(num_tokens);
+  align_level = block.warp_max(align_level);
+  if (bad || num_tokens > kMaxRows) {
+    num_tokens = 0;
+    align_level = -1;
+  }
+  return true;
+}
+
+// Where the i-th of the intervals that tiles do not cross begins: the groups of a level, and the
+// rows before and after.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::border(int i) const {
+  if (i == 0) return 0;
+  return i > num_groups(align_level) + 1 ? num_tokens : level_rows(align_level)[i - 1];
+}
+
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::make_tiles() {
+  const int intervals = align_level < 0 ? 1 : num_groups(align_level) + 2;
+  // So many that their number, with one more for each interval, stays within the capacity.
+  const int most = static_cast<int>(layout.tiles) - intervals;
+  const int wanted = num_tokens <= most * in.tile_part ? in.tile_part : ceil_div(num_tokens, most);
+  tile_tokens = min_int(wanted, num_tokens);
+  const int rows = tile_tokens < kTileRows ? tile_tokens * in.group_size : kTileRows;
+  tile_class = rows > 64 ? 0 : rows > 32 ? 1 : 2;
+
+  int32_t* interval_tile = memory.ints(intervals + 1);  // the first of its tiles
+  if (!memory.fits()) return false;
+  if (align_level < 0) {
+    num_tiles = ceil_div(num_tokens, wanted);
+  } else {
+    const auto count = [&](int i, int (&value)[1]) {
+      value[0] = ceil_div(border(i + 1) - border(i), wanted);
+    };
+    const auto place = [&](int i, const int (&at)[1], const int (&)[1]) {
+      interval_tile[i] = at[0];
+    };
+    int total[1];
+    block.scan(intervals, count, place, total);
+    if (block.thread() == 0) interval_tile[intervals] = total[0];
+    num_tiles = total[0];
+    block.sync();
+  }
+
+  tile_row = memory.ints(num_tiles + 1);
+  entry_group = memory.ints(num_tiles * in.num_levels);
+  entry_piece = memory.ints(num_tiles * (in.num_levels + 1));
+  tile_counts = reinterpret_cast<Counts*>(memory.ints(4 * num_tiles));
+  tile_first = reinterpret_cast<Counts*>(memory.ints(4 * (num_tiles + 1)));
+  tile_walks = reinterpret_cast<Walk*>(memory.ints(4 * num_tiles));
+  tile_ranks = memory.ints(num_tiles);
+  tile_units = memory.ints(num_tiles + 1);
+  tile_scratch = memory.ints(num_tiles);
+  run_sums = reinterpret_cast<RunSums*>(memory.ints(8 * kCandidates));
+  longest_own = memory.ints(1);
+  if (!memory.fits()) return false;
+  FLASHINFER_OPS_ROLLED
+  for (int t = block.thread(); t <= num_tiles; t += block.size()) {
+    int begin = 0, end = num_tokens, first = 0, n = num_tiles;
+    if (align_level >= 0 && t < num_tiles) {
+      const int i = count_up_to(interval_tile, intervals, t) - 1;
+      begin = border(i);
+      end = border(i + 1);
+      first = interval_tile[i];
+      n = interval_tile[i + 1] - first;
+    }
+    const int index = t - first, even = t < num_tiles ? divide(end - begin, n) : 0;
+    tile_row[t] =
+        t == num_tiles ? num_tokens : begin + even * index + min_int(index, end - begin - even * n);
+  }
+  block.sync();
+  return true;
+}
+
+}  // namespace flashinfer_ops::gpu

@@ -1,0 +1,178 @@
+"""The GPU's planner, run on the host: schedules of both classes over random forests."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from gpu_schedule import check, plan_on_host, tables
+from helpers import Forest, forest_of, int32, random_forest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashinfer_ops.meta.plan import gpu_schedule
+
+TREE = [[1024 >> level] * (1 << level) for level in range(8)] + [[1] * 1024]
+HEADS = [(4, 4), (8, 2), (8, 1), (6, 2), (7, 1), (32, 1), (200, 1)]
+
+
+def checked(forest: Forest, causal: bool = False, packed: bool = False, **options: Any) -> Any:
+    arrays = forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len
+    schedule = plan_on_host(
+        *arrays, forest.q.shape[1], forest.cache.shape[3], forest.page_size, causal,
+        packed=packed, **options,
+    )  # fmt: skip
+    return check(schedule, *arrays, forest.page_size, causal, packed)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    num_levels=st.sampled_from([1, 2, 3, 9, 16]),
+    num_requests=st.sampled_from([1, 5, 30, 70]),
+    heads=st.sampled_from(HEADS),
+    page_size=st.sampled_from([1, 5, 16]),
+    max_kv_len=st.sampled_from([20, 70, 300]),
+    max_qo_len=st.sampled_from([1, 3, 7, 40]),
+    nested=st.booleans(),
+    causal=st.booleans(),
+    packed=st.booleans(),
+    num_sms=st.sampled_from([2, 132]),
+    fast_bytes=st.sampled_from([0, 1000, 160 * 1024]),
+)
+def test_each_pair_once(
+    seed: int,
+    heads: tuple[int, int],
+    causal: bool,
+    packed: bool,
+    num_sms: int,
+    fast_bytes: int,
+    **options: Any,
+) -> None:
+    forest = random_forest(
+        seed, num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=1, **options
+    )
+    t = checked(forest, causal, packed, num_sms=num_sms, fast_bytes=fast_bytes)
+    # The planner's own arrays may lie anywhere.
+    assert t == checked(forest, causal, packed, num_sms=num_sms)
+
+
+def test_packed_blocks_hold_ends_and_heads_of_segments() -> None:
+    """Short suffixes under a root: no granules, and units that begin amid the walk's segments."""
+    forest = forest_of([[8], [1] * 8], [[500], [70] * 8], num_qo_heads=4, num_kv_heads=1)
+    t = checked(forest, packed=True)
+    assert not t.granules and len(t.segments) == 9
+    assert [s[7] for s in t.segments] == [0, *range(500, 1060, 70)]
+    assert sum(u[15] for u in t.matrix_units) == 1060
+    assert any(u[7] > 0 and u[5] > 0 for u in t.matrix_units)
+    plain = checked(forest)
+    assert [s[7] for s in plain.segments] == [0, *range(512, 512 + 8 * 128, 128)]
+
+
+def test_own_pieces_are_one_unit_of_rows() -> None:
+    """16 query tokens with 4 heads a KV head: 64 packed rows, which one stream unit has."""
+    forest = forest_of([[64], [16] * 4], [[3000], [2000] * 4], num_qo_heads=4, num_kv_heads=1)
+    t = checked(forest, packed=True)
+    assert t.stream_tokens == 16 and len(t.own) == 4
+    assert {u[1] - u[0] for u in t.stream_units} == {16}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_walks_whose_states_have_no_room_are_not_cut(packed: bool) -> None:
+    """Many rows over much KV leave the SMs idle, but cut walks have too many states."""
+    arrays = [int32(0, 4000)], [int32(0, 2000)], [int32(16)]
+    t = tables(plan_on_host(*arrays, 1, 1, 16, False, packed=packed), [1])
+    assert len(t.matrix_units) == t.num_tiles == 32 and t.num_partial_rows == 0
+    few = [int32(0, 40)], *arrays[1:]
+    t = tables(plan_on_host(*few, 1, 1, 16, False, packed=packed), [1])
+    assert len(t.matrix_units) > t.num_tiles == 1 and t.num_partial_rows > 0
+
+
+def test_granules_that_have_no_room_are_segments() -> None:
+    """More groups on an upper level than on the last: 3 granules each, where 2 have room."""
+    n = 5000
+    upper = torch.arange(n + 1, dtype=torch.int32)
+    arrays = [upper, int32(0, n)], [3 * upper, int32(0, 1)], [int32(*[8] * n), int32(16)]
+    schedule = plan_on_host(*arrays, 1, 1, 16, False)
+    t = check(schedule, *arrays, 16, False)
+    assert not t.granules and len(t.segments) == n + t.num_tiles
+
+
+@pytest.mark.parametrize(
+    "level",
+    [
+        ([0, 3, 2], [0, 1, 2], [1, 1]),
+        ([-1, 3, 4], [0, 1, 2], [1, 1]),
+        ([0, 1, (1 << 31) - 1], [0, 1, 2], [1, 1]),
+        ([0, 1, 2], [0, 1, (1 << 31) - 1], [1, 1]),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_impossible_arrays_plan_nothing(level: tuple[list[int], ...], packed: bool) -> None:
+    arrays = [[torch.tensor(x, dtype=torch.int32)] for x in level]
+    schedule = plan_on_host(*arrays, 4, 1, 16, False, packed=packed)
+    assert schedule[:6].tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_contents_give_one_plan(seed: int) -> None:
+    """Arrays of anything, half of them with rows in order: the same tables, and no more of them
+    than there is room for, wherever the planner's own arrays lie."""
+    g = torch.Generator().manual_seed(seed)
+    groups = torch.randint(0, 41, (1 + seed % 4,), generator=g).tolist()
+
+    def draw(n: int) -> Tensor:
+        small = torch.randint(-5, 300, (n,), generator=g)
+        large = torch.randint(-(1 << 31), 1 << 31, (n,), generator=g)
+        return torch.where(torch.rand(n, generator=g) < 0.8, small, large).int()
+
+    rows = [draw(n + 1) for n in groups]
+    if seed % 2:
+        rows = [t.clamp(0, 5000).sort().values for t in rows]
+    arrays = rows, [draw(n + 1) for n in groups], [draw(n) for n in groups]
+    options = {"causal": seed % 3 == 0, "packed": seed % 8 < 4}
+    heads = HEADS[seed % len(HEADS)]
+    first, second = (
+        plan_on_host(*arrays, *heads, 16, fast_bytes=size, **options) for size in (0, 1 << 20)
+    )
+    layout = gpu_schedule(tuple(groups))
+    assert torch.equal(first[: layout.work_at], second[: layout.work_at])
+    t = tables(first, groups)
+    assert t.num_tokens == 0 or seed % 2
+    assert t.num_partial_rows <= layout.partial_rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "rows, lengths",
+    [
+        ([[20000], [1] * 20000], [[300], [40] * 20000]),  # no room in shared memory
+        ([[300], [1] * 300], [[500], [900] * 300]),
+        (TREE, [[16] * len(level) for level in TREE]),
+        ([[6000], [500] * 12], [[1000], [700] * 12]),
+        ([[8], [1] * 8], [[512], [64] * 8]),
+        ([[40]], [[32000]]),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_gpu_plans_what_the_host_does(
+    cuda: str, rows: list[list[int]], lengths: list[list[int]], causal: bool
+) -> None:
+    arrays: tuple[list[Tensor], ...] = ([], [], [])
+    for level_rows, level_lengths in zip(rows, lengths, strict=True):
+        pages = [(n + 15) // 16 for n in level_lengths]
+        arrays[0].append(int32(0, *accumulate(level_rows)))
+        arrays[1].append(int32(0, *accumulate(pages)))
+        arrays[2].append(int32(*[(n - 1) % 16 + 1 for n in level_lengths]))
+    on_gpu = [[t.to(cuda) for t in array] for array in arrays]
+    schedule = torch.ops.flashinfer_ops.cascade_plan.default(*on_gpu, 32, 8, 128, 16, causal)
+    wanted = plan_on_host(
+        *arrays, 32, 8, 16, causal,
+        num_sms=torch.cuda.get_device_properties(cuda).multi_processor_count,
+        packed=torch.cuda.get_device_capability() == (9, 0),
+    )  # fmt: skip
+    groups = [len(level) for level in rows]
+    assert tables(schedule, groups) == tables(wanted, groups)
