@@ -117,6 +117,7 @@ def check(
                 seen[key] = unit
 
     assert not (packed and t.granules)
+    step = 64 if not packed else 16 if page_size % 16 == 0 else 1  # of a segment in the walk
     walked: dict[int, int] = {}  # first row of a tile -> tokens of its segments in units before
     for index, u in enumerate(t.matrix_units):
         rows = range(u[0], u[1])
@@ -132,7 +133,7 @@ def check(
             assert 0 == segment[2] <= begin < end <= segment[3]
             assert at + tokens == segment[7] + begin
             meet(index, segment, begin, end, rows)
-            tokens += end - begin if packed else (end - begin + 63) // 64 * 64
+            tokens += (end - begin + step - 1) // step * step
             if s == u[5]:
                 level, page_begin, _, _, row_begin, row_end, diagonal, _ = segment
                 assert u[9:15] == [level, page_begin, row_begin, row_end, diagonal, end]

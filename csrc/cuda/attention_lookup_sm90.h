@@ -234,8 +234,10 @@ class Publisher {
     const int page =
         min(static_cast<uint32_t>(column.page), static_cast<uint32_t>(params_.num_pages - 1));
     const int leader = lane_ & kRun;
-    const bool neighbour = column.live && page == __shfl_sync(~0u, page, leader) &&
-                           column.slot == __shfl_sync(~0u, column.slot, leader) + lane_ % kRun;
+    const int first_page = __shfl_sync(~0u, page, leader);
+    const int first_slot = __shfl_sync(~0u, column.slot, leader);
+    const bool neighbour =
+        column.live && page == first_page && column.slot == first_slot + lane_ % kRun;
     const uint32_t neighbours = __ballot_sync(~0u, neighbour);
     const int bulk = !params_.has_tensor_maps
                          ? 0

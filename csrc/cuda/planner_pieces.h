@@ -103,10 +103,12 @@ FLASHINFER_OPS_ANYWHERE Kind Planner<Block, Memory>::kind(const Piece& x, bool a
   return !in.packed && x.kv_end <= kGatherTokens ? Kind::kGranules : Kind::kSegment;
 }
 
-// Tokens that a segment takes of its tile's walk.
+// Tokens that a segment takes of its tile's walk. Pages of a multiple of kGranule tokens are copied
+// by kGranule neighbours at once, where the segments before end evenly.
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::walk_tokens(const Piece& x) const {
-  return in.packed ? x.kv_end : blocks_of(x.kv_end) * kBlock;
+  const int step = !in.packed ? kBlock : in.page_size % kGranule == 0 ? kGranule : 1;
+  return ceil_div(x.kv_end, step) * step;
 }
 
 // One pass over a tile's pieces, whose counts it returns. `at` counts those of the tiles before.

@@ -45,7 +45,9 @@ FLASHINFER_OPS_ANYWHERE float Planner<Block, Memory>::time_of(const RunSums& sum
   const float heads = static_cast<float>(in.num_kv_heads);
   const float items = max_float(sums.items * heads, 1), total = sums.blocks * heads;
   const float at_once = min_float(items, slots * in.num_sms), share = 1.0f / at_once;
-  const float block_time = kBlock * max_float(c.token_latency, token * at_once * in.inverse_sms);
+  // An SM divides its share of the memory's rate among the units that it has.
+  const float on_sm = static_cast<float>(static_cast<int>(at_once * in.inverse_sms + 0.9999f));
+  const float block_time = kBlock * max_float(c.token_latency, token * on_sm);
   const float unit = product(run, block_time) + c.unit_start;
   // The half keeps a quotient that is whole from being rounded down.
   const float waves = static_cast<float>(static_cast<int>((items + at_once - 0.5f) * share));

@@ -15,9 +15,9 @@
 //
 // A walk is measured in tokens and cut at multiples of kBlock. Schedules are of two classes:
 //
-//   packed       for Hopper's own kernel, which gathers a block's tokens one by one: no granules; a
-//                walk is its segments' tokens one after the other, so that a block may hold the
-//                tail of one segment and the heads of others
+//   packed       for Hopper's own kernel: no granules; a walk is its segments' tokens one after the
+//                other, so that a block may hold the tail of one segment and the heads of others;
+//                where pages hold a multiple of kGranule tokens, a segment takes a multiple too
 //   not packed   short pieces are granules; each segment begins with a block of its own, so that
 //                the walk counts whole blocks
 //
