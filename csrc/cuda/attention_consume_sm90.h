@@ -44,26 +44,32 @@ class Consumer {
         token[i] = item.first_token + params_.group_size.divide(packed[i]);
       }
       begin_item(item, packed, token);
+      // The consumers of a pair item take turns on the matrix unit: one weighs values and starts
+      // the next scores while the other computes weights.
+      const bool turns = (flags_ & flag::kBoth) == flag::kBoth;
+      if (turns && number_ == 1) pass_turn();
+      if (turns) wait_for_turn();
       for (bool last = false; !last;) {
         const Step step = start_scores();
-        last = step.last;
+        finish_scores(step);
+        if (turns) pass_turn();
         if (kStepBlocks == 1 || step.count == 1) {
           weigh<1>(step, token);
         } else {
           weigh<kStepBlocks>(step, token);
         }
+        if (turns) wait_for_turn();
         start_values(step);
-        // The item's next block is looked up while the values are weighed. What comes after the
-        // item may be long in coming, and only once these stages are free.
+        last = step.last;
         if (!last) {
           advance();
           find_block();
         }
         wgmma_wait<0>();
-        pin_output();
-        release(step, shared_.v_empty);
-        release_entries(step);
+        release_values(step);
       }
+      if (turns && number_ == 0) pass_turn();
+      // What comes after the item may be long in coming, and only once these stages are free.
       advance();
       more = find_block();
       store(item, packed, token);
@@ -112,8 +118,7 @@ class Consumer {
 
   // A stage's arrivals are those of both consumers; one that serves a block alone arrives twice.
   __device__ __forceinline__ void release(const Step& step, uint64_t (&barriers)[S::kStages]) {
-    constexpr int kBoth = flag::kConsumer0 | flag::kConsumer1;
-    const int arrivals = (step.flags[0] & kBoth) == kBoth ? 1 : 2;
+    const int arrivals = (step.flags[0] & flag::kBoth) == flag::kBoth ? 1 : 2;
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       if (b < step.count && lane_ == 0) barrier_arrive(&barriers[step.stage[b]], arrivals);
@@ -123,7 +128,9 @@ class Consumer {
     __syncwarp();
     if (lane_ == 0) barrier_arrive(&shared_.entry_empty[index]);
   }
-  __device__ __forceinline__ void release_entries(const Step& step) {
+  __device__ __forceinline__ void release_values(const Step& step) {
+    pin_output();
+    release(step, shared_.v_empty);
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       if (b < step.count) release_entry(step.place[b]);
@@ -172,7 +179,7 @@ class Consumer {
       *reinterpret_cast<uint4*>(tile + chunk_offset(r, chunk, S::kAtomBytes)) = x;
     }
     fence_async_proxy();
-    sync_warpgroup(1 + number_);
+    sync_threads(1 + number_, kWarpgroup);
   }
 
   // Descriptors count in units of 16 bytes.
@@ -180,7 +187,10 @@ class Consumer {
     return tiles + (bytes >> 4);
   }
 
-  // The scores of the present block, and of the next one where it is the item's too; complete.
+  __device__ __forceinline__ void wait_for_turn() { sync_threads(3 + number_, 2 * kWarpgroup); }
+  __device__ __forceinline__ void pass_turn() { arrive_threads(3 + (number_ ^ 1), 2 * kWarpgroup); }
+
+  // Starts the scores of the present block, and of the next one where it is the item's too.
   __device__ __forceinline__ Step start_scores() {
     Step step;
     step.count = 0;
@@ -213,10 +223,13 @@ class Consumer {
       }
       wgmma_commit();
     }
+    return step;
+  }
+
+  __device__ __forceinline__ void finish_scores(const Step& step) {
     wgmma_wait<0>();
     pin_scores();
     release(step, shared_.k_empty);
-    return step;
   }
 
   __device__ __forceinline__ void start_values(const Step& step) {

@@ -32,7 +32,7 @@ class Cursor {
       : params_(params),
         lane_(lane),
         flags_(flags),
-        rows_(flags == (flag::kConsumer0 | flag::kConsumer1) ? 2 * kRows : kRows),
+        rows_(flags == (flag::kBoth) ? 2 * kRows : kRows),
         parts_(parts),
         units_a_head_(header.num_matrix_units * parts),
         next_item_(first),
@@ -341,8 +341,7 @@ __device__ __forceinline__ void look_up(const Params& params, Shared<kHeadDim>& 
     return true;
   };
   if (num_pairs > 0) {
-    Cursor pair(params, lane, header, parts, flag::kConsumer0 | flag::kConsumer1, cta, grid,
-                num_pairs, 0);
+    Cursor pair(params, lane, header, parts, flag::kBoth, cta, grid, num_pairs, 0);
     while (take(pair)) {
     }
   }

@@ -91,10 +91,20 @@ template <class T, int kHeadDim>
 void run(const Params& params, int sms, cudaStream_t stream) {
   static_assert(kSharedBytes<T, kHeadDim> <= 227 * 1024);
   launch(attention_kernel<T, kHeadDim>, sms, kThreads, kSharedBytes<T, kHeadDim>, stream, params);
-  constexpr int kWarps = kMergeThreads / 32;
   const int64_t rows = int64_t{params.num_rows} * params.num_qo_heads;
-  const int grid = static_cast<int>(std::min<int64_t>((rows + kWarps - 1) / kWarps, sms * 8));
-  launch(merge_kernel<T, kHeadDim>, grid, kMergeThreads, 0, stream, params);
+  const auto merge = [&](auto kernel, int warps_a_row) {
+    const int64_t rows_at_once = kMergeThreads / 32 / warps_a_row;
+    const int64_t ctas = std::min((rows + rows_at_once - 1) / rows_at_once, int64_t{sms} * 8);
+    launch(kernel, static_cast<int>(ctas), kMergeThreads, 0, stream, params);
+  };
+  // Few rows leave most of the GPU to the states of each.
+  if (rows <= sms * 4) {
+    merge(merge_kernel<T, kHeadDim, 8>, 8);
+  } else if (rows <= sms * 16) {
+    merge(merge_kernel<T, kHeadDim, 4>, 4);
+  } else {
+    merge(merge_kernel<T, kHeadDim, 1>, 1);
+  }
 }
 
 // f(T{}, head_dim as a constant) for what there is a kernel for; false for the rest.

@@ -79,10 +79,10 @@ struct Item {
 };
 
 namespace flag {
-constexpr int kConsumer0 = 1, kConsumer1 = 2;  // who serves the item
-constexpr int kFirst = 4, kLast = 8;           // block of the item
-constexpr int kMasked = 16;                    // some row does not see some column
-constexpr int kStop = 32;                      // no further block
+constexpr int kConsumer0 = 1, kConsumer1 = 2, kBoth = 3;  // who serves the item
+constexpr int kFirst = 4, kLast = 8;                      // block of the item
+constexpr int kMasked = 16;                               // some row does not see some column
+constexpr int kStop = 32;                                 // no further block
 }  // namespace flag
 
 // One block of columns, from the lookup to the others.
@@ -108,8 +108,8 @@ struct Shape {
   // Queries stay in registers where there is room.
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
   static constexpr int kStepBlocks = kHeadDim <= 128 ? 2 : 1;  // that a consumer takes at once
-  static constexpr int kProducerRegisters = 88;
-  static constexpr int kConsumerRegisters = 208;
+  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 216;
 };
 
 template <int kHeadDim>

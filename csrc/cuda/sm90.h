@@ -280,9 +280,12 @@ __device__ __forceinline__ void wgmma_values(float (&d)[64], const uint32_t (&a)
 
 // --- the rest
 
-// A barrier of 128 threads; 0 is that of the whole block.
-__device__ __forceinline__ void sync_warpgroup(int barrier) {
-  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+// Barriers of so many threads, of which some wait and some only arrive; 0 is the whole block's.
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 template <int kRegisters>
