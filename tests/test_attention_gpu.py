@@ -261,3 +261,40 @@ def test_a_page_listed_in_many_groups(cuda: str) -> None:
     forest.kv_indices[1] = forest.kv_indices[0].clone()
     forest.cache.nan_to_num_()
     check(run(forest), forest)
+
+
+@pytest.mark.parametrize("dtype,head_dim", [(HALF, 128), (BF16, 64), (FLOAT, 128)])
+@pytest.mark.parametrize("max_qo_len", [1, 30])
+def test_portable_kernels(cuda: str, dtype: torch.dtype, head_dim: int, max_qo_len: int) -> None:
+    """The kernels for any chip, on every chip, over the plans of this one."""
+    causal = max_qo_len > 1
+    for forest in (
+        random_forest(
+            3, num_levels=3, num_requests=40, num_qo_heads=8, head_dim=head_dim,
+            max_qo_len=max_qo_len, max_kv_len=400, dtype=dtype, device=cuda, extra_rows=2,
+        ),
+        forest_of(
+            [[64], [32] * 2, [1] * 64], [[900], [40] * 2, [600] * 64], num_qo_heads=8,
+            head_dim=head_dim, dtype=dtype, device=cuda,
+        ),
+    ):  # fmt: skip
+        plan = plan_cascade(*forest.arrays, **forest.numbers, causal=causal)
+        out = torch.full_like(forest.q, NAN)
+        lse = torch.full(forest.q.shape[:2], NAN, device=cuda)
+        arrays = (plan.qo_indptr, plan.kv_indptr, plan.kv_indices, plan.kv_last_page_len)
+        torch.ops.flashinfer_ops.cascade_attention.portable(
+            forest.q, forest.cache[:, 0], forest.cache[:, 1], *arrays, plan.schedule, causal,
+            plan.sm_scale, 1.0, out, lse,
+        )  # fmt: skip
+        check((out, lse), forest, causal)
+
+
+def test_rows_that_are_not_aligned(cuda: str) -> None:
+    """Strides of no whole 16 bytes, which bulk copies and 16-byte loads cannot follow."""
+    forest = random_forest(
+        12, num_levels=2, num_requests=9, num_qo_heads=4, head_dim=64, max_kv_len=200, dtype=HALF,
+        device=cuda,
+    )  # fmt: skip
+    wide = torch.full((*forest.cache.shape[:-1], 65), NAN, dtype=HALF, device=cuda)
+    wide[..., :64] = forest.cache
+    check(run(forest, cache=wide[..., :64]), forest)

@@ -60,13 +60,19 @@ def test_each_pair_once(
     assert t == checked(forest, causal, packed, num_sms=num_sms)
 
 
-def test_packed_blocks_hold_ends_and_heads_of_segments() -> None:
-    """Short suffixes under a root: no granules, and units that begin amid the walk's segments."""
-    forest = forest_of([[8], [1] * 8], [[500], [70] * 8], num_qo_heads=4, num_kv_heads=1)
+@pytest.mark.parametrize("page_size,root,suffix", [(5, 500, 70), (16, 512, 80)])
+def test_packed_blocks_hold_ends_and_heads_of_segments(
+    page_size: int, root: int, suffix: int
+) -> None:
+    """Short suffixes under a root: no granules, and units that begin amid the walk's segments,
+    which take a multiple of 16 tokens where pages hold one."""
+    forest = forest_of(
+        [[8], [1] * 8], [[500], [70] * 8], num_qo_heads=4, num_kv_heads=1, page_size=page_size
+    )
     t = checked(forest, packed=True)
     assert not t.granules and len(t.segments) == 9
-    assert [s[7] for s in t.segments] == [0, *range(500, 1060, 70)]
-    assert sum(u[15] for u in t.matrix_units) == 1060
+    assert [s[7] for s in t.segments] == [0, *range(root, root + 8 * suffix, suffix)]
+    assert sum(u[15] for u in t.matrix_units) == root + 8 * suffix
     assert any(u[7] > 0 and u[5] > 0 for u in t.matrix_units)
     plain = checked(forest)
     assert [s[7] for s in plain.segments] == [0, *range(512, 512 + 8 * 128, 128)]

@@ -228,6 +228,7 @@ void for_each_item(int64_t items, int64_t threads, const F& f) {
 // cascade_attention.out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor[] qo_indptr,
 //     Tensor[] kv_indptr, Tensor[] kv_indices, Tensor[] kv_last_page_len, Tensor schedule,
 //     bool causal, float sm_scale, float v_scale, Tensor(a!) out, Tensor(b!) lse) -> ()
+// cascade_attention.portable(the same) -> (), since no chip's own kernels stand before these
 // The schedule already holds what qo_indptr, kv_indptr, kv_last_page_len and causal say.
 void cascade_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, std::vector<Tensor> qo_indptr,
                            std::vector<Tensor> kv_indptr, std::vector<Tensor> kv_indices,
