@@ -61,7 +61,7 @@ class Consumer {
         if (turns) wait_for_turn();
         start_values(step);
         last = step.last;
-        if (!last && !step.at_next) {
+        if (!last) {
           advance();
           find_block();
         }
@@ -85,8 +85,7 @@ class Consumer {
   // One or two blocks of an item, and where they are.
   struct Step {
     int count;
-    bool last;     // of the item
-    bool at_next;  // whether the consumer has gone on to the block behind them
+    bool last;  // of the item
     int stage[kStepBlocks], parity[kStepBlocks], place[kStepBlocks], flags[kStepBlocks];
     bool gathered[kStepBlocks];
   };
@@ -191,55 +190,40 @@ class Consumer {
   __device__ __forceinline__ void wait_for_turn() { sync_threads(3 + number_, 2 * kWarpgroup); }
   __device__ __forceinline__ void pass_turn() { arrive_threads(3 + (number_ ^ 1), 2 * kWarpgroup); }
 
-  // Starts the scores of the present block, and of the next one where it is the item's too and its
-  // neighbour in the ring: products of 128 columns need as many reads of queries as those of 64.
+  // Starts the scores of the present block, and of the next one where it is the item's too.
   __device__ __forceinline__ Step start_scores() {
     Step step;
-    step.count = 1;
-    step.at_next = false;
-    note_block(step, 0);
-    wait_for(shared_.k_full[step.stage[0]], step.parity[0], step.gathered[0]);
+    step.count = 0;
     pin_scores();
-    if (kStepBlocks == 2 && !step.last) {
-      advance();
-      find_block();
-      step.at_next = stage_.index != step.stage[0] + 1;
-      if (!step.at_next) {
-        step.count = 2;
-        note_block(step, kStepBlocks - 1);
-        const int b = kStepBlocks - 1;
-        wait_for(shared_.k_full[step.stage[b]], step.parity[b], step.gathered[b]);
-      }
-    }
-    // Of a block without a neighbour the second half of the scores is whatever lies there: not
-    // used.
-    multiply_keys(step.stage[0]);
-    return step;
-  }
-
-  __device__ __forceinline__ void note_block(Step& step, int b) const {
-    step.last = flags_ & flag::kLast;
-    step.stage[b] = stage_.index;
-    step.parity[b] = stage_.parity;
-    step.place[b] = place_.index;
-    step.flags[b] = flags_;
-    step.gathered[b] = gathered_;
-  }
-
-  __device__ __forceinline__ void multiply_keys(int stage) {
-    wgmma_fence();
-    const uint64_t tile = at(k_tiles_, stage * S::kAtomBytes);
 #pragma unroll
-    for (int k = 0; k < kHeadDim / 16; ++k) {
-      const uint64_t keys = at(tile, (k / 4) * S::kKeyAtomBytes + (k % 4) * 32);
-      if constexpr (S::kQueriesInRegisters) {
-        wgmma_scores<T>(scores_, queries_[k], keys, k != 0);
-      } else {
-        const uint64_t queries = at(q_tile_, (k / 4) * S::kAtomBytes + (k % 4) * 32);
-        wgmma_scores<T>(scores_, queries, keys, k != 0);
+    for (int b = 0; b < kStepBlocks; ++b) {
+      if (b > 0) {
+        if (step.count < b || (flags_ & flag::kLast)) break;
+        advance();
+        find_block();
       }
+      step.count = b + 1;
+      step.last = flags_ & flag::kLast;
+      step.stage[b] = stage_.index;
+      step.parity[b] = stage_.parity;
+      step.place[b] = place_.index;
+      step.flags[b] = flags_;
+      step.gathered[b] = gathered_;
+      wait_for(shared_.k_full[stage_.index], stage_.parity, gathered_);
+      wgmma_fence();
+      const uint64_t tile = at(k_tiles_, stage_.index * S::kTileBytes);
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        const int bytes = (k / 4) * S::kAtomBytes + (k % 4) * 32;
+        if constexpr (S::kQueriesInRegisters) {
+          wgmma_scores<T>(scores_[b], queries_[k], at(tile, bytes), k != 0);
+        } else {
+          wgmma_scores<T>(scores_[b], at(q_tile_, bytes), at(tile, bytes), k != 0);
+        }
+      }
+      wgmma_commit();
     }
-    wgmma_commit();
+    return step;
   }
 
   __device__ __forceinline__ void finish_scores(const Step& step) {
@@ -268,7 +252,10 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void pin_scores() { pin(scores_); }
+  __device__ __forceinline__ void pin_scores() {
+#pragma unroll
+    for (int b = 0; b < kStepBlocks; ++b) pin(scores_[b]);
+  }
   __device__ __forceinline__ void pin_output() {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) pin(output_[part]);
@@ -293,7 +280,7 @@ class Consumer {
           const int4 pair = *reinterpret_cast<const int4*>(seen_by + 8 * j + 2 * (lane_ % 4));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            float* x = &scores_[b * (kColumns / 2) + 4 * j + 2 * i];
+            float* x = &scores_[b][4 * j + 2 * i];
             if (token[i] < pair.x || token[i] >= pair.y) x[0] = -kInfinity;
             if (token[i] < pair.z || token[i] >= pair.w) x[1] = -kInfinity;
           }
@@ -313,7 +300,7 @@ class Consumer {
       float peak = peak_[i];
 #pragma unroll
       for (int j = 0; j < kBlocks * kColumns / 8; ++j) {
-        const float* x = &scores_[4 * j + 2 * i];
+        const float* x = &scores_[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
         peak = fmaxf(peak, fmaxf(x[0], x[1]));
       }
       peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
@@ -325,7 +312,7 @@ class Consumer {
       float total = 0;
 #pragma unroll
       for (int j = 0; j < kBlocks * kColumns / 8; ++j) {
-        float* x = &scores_[4 * j + 2 * i];
+        float* x = &scores_[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           x[c] = exp2_fast(fmaf(x[c], scale, -base));
@@ -340,7 +327,7 @@ class Consumer {
       for (int k = 0; k < kColumns / 16; ++k) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* x = &scores_[b * (kColumns / 2) + 8 * k + 2 * i];
+          const float* x = &scores_[b][8 * k + 2 * i];
           weights_[b][k][i] = pack<T>(x[0], x[1]);
         }
       }
@@ -404,7 +391,7 @@ class Consumer {
   bool gathered_ = false;
   uint32_t queries_[S::kQueriesInRegisters ? kHeadDim / 16 : 1][4];
   uint32_t weights_[kStepBlocks][kColumns / 16][4];
-  float scores_[kStepBlocks * (kColumns / 2)];
+  float scores_[kStepBlocks][kColumns / 2];
   float output_[kParts][kPartDim / 2];
   float peak_[2], total_[2];
 };

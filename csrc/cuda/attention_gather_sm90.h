@@ -8,7 +8,7 @@ namespace flashinfer_ops::sm90 {
 // kRun rows of a tile from row `begin` on, zeros where the offset is negative.
 template <int kHeadDim>
 __device__ __forceinline__ void gather_run(const char* cache, const int64_t* offsets, char* tile,
-                                           int atom_bytes, int begin, int lane) {
+                                           int begin, int lane) {
   using S = Shape<kHeadDim>;
   constexpr int kRowStep = 32 / S::kChunks > 0 ? 32 / S::kChunks : 1;
   constexpr int kSteps = kRun / kRowStep;
@@ -21,7 +21,7 @@ __device__ __forceinline__ void gather_run(const char* cache, const int64_t* off
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const bool live = offset[i] >= 0;
-    copy_async(to + chunk_offset(first + i * kRowStep, chunk, atom_bytes),
+    copy_async(to + chunk_offset(first + i * kRowStep, chunk, S::kAtomBytes),
                cache + (live ? offset[i] : 0) + chunk * 16, live);
   }
 }
@@ -40,14 +40,14 @@ __device__ __forceinline__ void gather(const Params& params, Shared<kHeadDim>& s
     if (runs != 0) {
       // The lookup warps have waited for the stage's K to be free before they wrote the entry.
       const int i = stage.index, begin = warp * kColumns / kGatherWarps;
-      const auto half = [&](const char* cache, const int64_t* offsets, char* tile, int atom_bytes) {
-        if (runs & 1) gather_run<kHeadDim>(cache, offsets, tile, atom_bytes, begin, lane);
-        if (runs & 2) gather_run<kHeadDim>(cache, offsets, tile, atom_bytes, begin + kRun, lane);
+      const auto half = [&](const char* cache, const int64_t* offsets, char* tile) {
+        if (runs & 1) gather_run<kHeadDim>(cache, offsets, tile, begin, lane);
+        if (runs & 2) gather_run<kHeadDim>(cache, offsets, tile, begin + kRun, lane);
       };
-      half(params.k_cache, entry.k, shared.k[0][i], S::kKeyAtomBytes);
+      half(params.k_cache, entry.k, shared.k[i]);
       barrier_arrive_after_copies(&shared.k_full[i]);
       barrier_wait(&shared.v_empty[i], stage.parity ^ 1);
-      half(params.v_cache, entry.v, shared.v[i], S::kAtomBytes);
+      half(params.v_cache, entry.v, shared.v[i]);
       barrier_arrive_after_copies(&shared.v_full[i]);
     }
     __syncwarp();

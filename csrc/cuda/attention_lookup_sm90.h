@@ -245,8 +245,8 @@ class Publisher {
     const bool mine_is_bulk = bulk >> (lane_ / kRun) & 1;
 
     barrier_wait(&shared_.k_empty[stage_.index], stage_.parity ^ 1);
-    copy_runs(params_.k_map, shared_.k[0][stage_.index], S::kKeyAtomBytes,
-              shared_.k_full[stage_.index], bulk, block.item.kv_head, page, column.slot);
+    copy_runs(params_.k_map, shared_.k[stage_.index], shared_.k_full[stage_.index], bulk,
+              block.item.kv_head, page, column.slot);
 
     barrier_wait(&shared_.entry_empty[place_.index], place_.parity ^ 1);
     Entry& entry = shared_.entries[place_.index];
@@ -265,8 +265,8 @@ class Publisher {
     if (lane_ == 0) barrier_arrive(&shared_.entry_full[place_.index]);
 
     barrier_wait(&shared_.v_empty[stage_.index], stage_.parity ^ 1);
-    copy_runs(params_.v_map, shared_.v[stage_.index], S::kAtomBytes, shared_.v_full[stage_.index],
-              bulk, block.item.kv_head, page, column.slot);
+    copy_runs(params_.v_map, shared_.v[stage_.index], shared_.v_full[stage_.index], bulk,
+              block.item.kv_head, page, column.slot);
     place_.advance();
     stage_.advance();
   }
@@ -286,9 +286,8 @@ class Publisher {
 
   // The warp's arrival, its bulk copies, and the gather warp's arrivals where that has nothing to
   // do.
-  __device__ __forceinline__ void copy_runs(const CUtensorMap& map, char* tile, int atom_bytes,
-                                            uint64_t& full, int bulk, int head, int page,
-                                            int slot) const {
+  __device__ __forceinline__ void copy_runs(const CUtensorMap& map, char* tile, uint64_t& full,
+                                            int bulk, int head, int page, int slot) const {
     if (lane_ == 0) {
       barrier_arrive_expecting(&full, __popc(bulk) * kRun * kHeadDim * 2);
       if (bulk == 3) barrier_arrive(&full, 32);
@@ -298,7 +297,7 @@ class Publisher {
       const uint32_t to = shared_address(tile) + (warp_ * 32 + lane_) * 128;
 #pragma unroll
       for (int atom = 0; atom < S::kAtoms; ++atom) {
-        copy_box(to + atom * atom_bytes, &map, atom * 64, slot, head, page, &full);
+        copy_box(to + atom * S::kAtomBytes, &map, atom * 64, slot, head, page, &full);
       }
     }
   }

@@ -107,7 +107,6 @@ struct Shape {
   static constexpr int kStages = kHeadDim == 64 ? 12 : kHeadDim == 128 ? 6 : 2;
   // Queries stay in registers where there is room.
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
-  static constexpr int kKeyAtomBytes = kStages * kAtomBytes;   // from one atom of K to the next
   static constexpr int kStepBlocks = kHeadDim <= 128 ? 2 : 1;  // that a consumer takes at once
   static constexpr int kProducerRegisters = 72;
   static constexpr int kConsumerRegisters = 216;
@@ -116,8 +115,7 @@ struct Shape {
 template <int kHeadDim>
 struct Shared {
   using S = Shape<kHeadDim>;
-  // K of neighbouring stages is one tile of twice the columns.
-  alignas(1024) char k[S::kAtoms][S::kStages][S::kAtomBytes];
+  alignas(1024) char k[S::kStages][S::kTileBytes];
   alignas(1024) char v[S::kStages][S::kTileBytes];
   alignas(1024) char q[S::kQueriesInRegisters ? 1 : kConsumers * S::kTileBytes];
   Entry entries[kEntries];
