@@ -36,9 +36,9 @@
 
 namespace flashinfer_ops::gpu {
 
-// Costs in nanoseconds of one streaming multiprocessor (SM), of one KV head, measured on an H100
-// with head_dim 128; docs/performance.md has the measurements. All floats: FLASHINFER_OPS_COSTS of
-// a build for tuning (plan.cu) lists them in this order.
+// Costs in nanoseconds of one streaming multiprocessor (SM), of one KV head, for an H100
+// and head_dim 128; docs/performance.md says how they were chosen. All floats: FLASHINFER_OPS_COSTS
+// of a build for tuning (plan.cu) lists them in this order.
 struct Costs {
   float state;            // writing and merging one more state of a packed row
   float own_unit;         // one more stream unit,
