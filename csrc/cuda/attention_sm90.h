@@ -9,9 +9,9 @@
 // KV goes through a ring of stages, each kColumns tokens of K and V, rows of 128 bytes in the
 // swizzled order of the matrix unit. Each lookup warp and each gather warp has half of the columns.
 //
-//   lookup warps --bulk copies--> stage --> consumers --> back
-//         \\--entry--> gather warps --/
-//           \\--entry--> consumers --> back
+//   lookup warps --bulk copies--------------------> stage --> consumers --> free again
+//   lookup warps --entry--> gather warps --copies-> stage
+//   lookup warps --entry------------------------------------> consumers --> free again
 #pragma once
 
 #include <cuda.h>
