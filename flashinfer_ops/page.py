@@ -210,11 +210,13 @@ def get_batch_indices_positions(
             f"append_indptr has {append_indptr.shape[0]} elements, expected "
             f"{seq_lens.shape[0] + 1}, one more than seq_lens"
         )
-    row = torch.arange(nnz, dtype=torch.int32, device=append_indptr.device)
-    ends = append_indptr[1:].contiguous()
-    batch = torch.searchsorted(ends, row, right=True, out_int32=True)
+    row = torch.arange(nnz, device=append_indptr.device)
+    # Converted, and so a tensor of its own: torch 2.11's Inductor searches a slice from its base's
+    # first element on (pytorch/pytorch#182343).
+    ends = append_indptr[1:].long()
+    batch = torch.searchsorted(ends, row, right=True)
     live = batch < ends.shape[0]
     # How far each sequence's end is ahead of its last row; one entry more for the padding rows.
     shift = torch.nn.functional.pad(seq_lens - ends, (0, 1))
     positions = torch.where(live, row + shift[batch], 0)
-    return torch.where(live, batch, -1), positions
+    return torch.where(live, batch, -1).int(), positions.int()

@@ -134,15 +134,34 @@ where""",
         traced(flashinfer_ops.get_batch_indices_positions, kv_indptr, last, 3),
         """\
 arange
-contiguous
+long
 searchsorted
 lt
 sub
 pad
 add
 where
-where""",
+where
+int
+int""",
     )
+
+
+@pytest.mark.parametrize("slice_inside", [False, True])
+def test_compiled_batch_indices(device: str, slice_inside: bool) -> None:
+    """By Inductor's own kernels, of which some searched the wrong part of a sliced indptr."""
+    whole = int32(7, 0, 0, 2, 2, 5, device=device)
+    seq_lens = int32(9, 4, 3, 8, device=device)
+    indptr = whole[1:].clone()
+
+    def positions(indptr: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:
+        indptr = indptr[1:] if slice_inside else indptr
+        return flashinfer_ops.get_batch_indices_positions(indptr, seq_lens, 7)
+
+    compiled = torch.compile(positions, fullgraph=True)
+    batch, at = compiled(whole if slice_inside else indptr, seq_lens)
+    assert batch.tolist() == [1, 1, 3, 3, 3, -1, -1] and batch.dtype == torch.int32
+    assert at.tolist() == [2, 3, 5, 6, 7, 0, 0] and at.dtype == torch.int32
 
 
 def test_graph_of_plan_and_attention(device: str) -> None:

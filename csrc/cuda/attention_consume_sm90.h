@@ -165,6 +165,7 @@ class Consumer {
 
   // The consumer's queries to its tile in shared memory.
   __device__ __forceinline__ void store_queries(const Item& item, int first_packed) {
+    sync_threads(1 + number_, kWarpgroup);  // all warps are done with the last item's
     char* tile = shared_.q + number_ * S::kTileBytes;
     const int thread = warp_ * 32 + lane_, chunk = thread % S::kChunks;
 #pragma unroll 4
@@ -237,6 +238,9 @@ class Consumer {
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       if (b >= step.count) break;
+      // Not the phase before the last: the stage's earlier values, of the other consumer's item
+      // maybe, must be behind it.
+      barrier_wait(&shared_.v_empty[step.stage[b]], step.parity[b] ^ 1);
       wait_for(shared_.v_full[step.stage[b]], step.parity[b], step.gathered[b]);
       wgmma_fence();
       const uint64_t tile = at(v_tiles_, step.stage[b] * S::kTileBytes);

@@ -128,10 +128,12 @@ int hopper_sms(int device) {
   static std::array<std::atomic<int>, kDevices> cached{};  // the number + 1
   const bool known = device >= 0 && device < kDevices;
   if (known && cached[device].load() > 0) return cached[device].load() - 1;
-  int major = 0, sms = 0;
+  int major = 0, minor = 0, sms = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
              "cudaDeviceGetAttribute");
-  if (major == 9) {
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
+  if (major == 9 && minor == 0) {
     check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
     for (const ScalarType dtype : {ScalarType::Half, ScalarType::BFloat16}) {
@@ -256,13 +258,16 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   }
   const gpu::Layout layout(num_groups, static_cast<int64_t>(levels));
   check_sizes(schedule, {layout.words}, "schedule");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(schedule.data_ptr()) % 16 == 0,
+                  "schedule begins at an address that is no multiple of 16");
 
+  const OnDevice on(q);  // the kernels are made ready on the current device
   const int sms = hopper_sms(q.get_device_index());
   const int64_t head_dim = q.size(2), num_pages = k_cache.size(0), page_size = k_cache.size(1);
   constexpr int64_t kMost = 1 << 30;
   const bool served = sms > 0 && dispatch(q.scalar_type(), head_dim, [](auto, auto) {}) &&
                       aligned(q) && aligned(k_cache) && aligned(v_cache) && aligned(out) &&
-                      sm_scale > 0 && sm_scale < 1e30 && num_pages > 0 && page_size > 0 &&
+                      sm_scale > 1e-37 && sm_scale < 1e30 && num_pages > 0 && page_size > 0 &&
                       num_pages < kMost && page_size < kMost && num_rows < kMost &&
                       num_qo_heads < kMost / 2 && layout.words < kMost;
   if (!served) {
@@ -270,7 +275,6 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
              causal, sm_scale, v_scale, out, lse);
     return;
   }
-  const OnDevice on(q);
   const int64_t states = layout.partial_rows * num_qo_heads, row_bytes = head_dim * 2;
   const Tensor scratch =
       empty_cuda<1>(q, {states * (row_bytes + int64_t{sizeof(float)})}, ScalarType::Byte);
