@@ -41,7 +41,7 @@ def served_by(operator: str, device: torch.device) -> str:
 def _attention_on(device: torch.device) -> str:
     """The C++ operator has kernels for Hopper alone, and hands on what they do not serve."""
     capability = torch.cuda.get_device_capability(device)
-    if capability[0] != 9:
+    if capability != (9, 0):
         return f"Triton (compute capability {capability[0]}.{capability[1]}; _C_cuda's is for 9.0)"
     return "C++ from _C_cuda for float16, bfloat16, head_dim 64, 128, 256; Triton for the rest"
 

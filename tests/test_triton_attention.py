@@ -184,7 +184,7 @@ def test_causal_segments_of_many_blocks(rows: int) -> None:
 
 @interpreted
 def test_strides() -> None:
-    from flashinfer_ops.triton_kernels.attention import cascade_attention_portable_out
+    from flashinfer_ops.triton_kernels.attention import cascade_attention_out
 
     forest = random_forest(
         7, num_levels=2, num_requests=9, num_qo_heads=6, num_kv_heads=2, head_dim=16, dtype=HALF
@@ -195,7 +195,7 @@ def test_strides() -> None:
     args[0] = forest.q.transpose(0, 1).contiguous().transpose(0, 1)
     out = torch.full((len(forest.q), 8, 20), torch.nan, dtype=HALF)[:, 1:7, 2:18]
     lse = torch.full((6, len(forest.q)), torch.nan).t()
-    cascade_attention_portable_out(*args, out, lse)
+    cascade_attention_out(*args, out, lse)
     wanted, wanted_lse = forest.oracle()
     assert relative_error(out, wanted) < TOLERANCE[HALF]
     assert_lse_close(lse, wanted_lse, LSE_TOLERANCE[HALF])
@@ -280,7 +280,7 @@ def test_launches(capability: int) -> None:
         def launches(q: Tensor = args[0], cache: list[Tensor] = args[1:3]) -> tuple[int, list[Any]]:
             """Kernels compiled for a call, and what is launched, each argument with its type."""
             del compiled[:], driver.launches[:]
-            attention.cascade_attention_portable_out(q, *cache, *args[3:], out, lse)
+            attention.cascade_attention_out(q, *cache, *args[3:], out, lse)
             pairs = [
                 flat(tuple(source.signature.values()), values) for source, values in driver.launches
             ]

@@ -20,6 +20,19 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
+inline int device_attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Whether Hopper's own kernels run there: what is compiled for sm_90a runs on 9.0 and nothing else.
+// The planner and attention must agree on it.
+inline bool is_hopper(int device) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
+}
+
 // Makes `like`'s device current for the scope, and holds its current stream.
 class OnDevice {
  public:

@@ -136,6 +136,7 @@ class Consumer {
       if (b < step.count) release_entry(step.place[b]);
     }
   }
+
   __device__ __forceinline__ void begin_item(const Item& item, const int (&packed)[2],
                                              const int (&token)[2]) {
     if constexpr (S::kQueriesInRegisters) {
@@ -357,14 +358,13 @@ class Consumer {
       const float factor = total == 0 ? 0 : params_.v_scale / total;
       const float lse = total == 0 ? -kInfinity : fmaf(peak_[i], params_.scale_log2, log2f(total));
       if (token[i] >= item.end_token) continue;
-      const int of_unit = token[i] - item.first_token;
-      const int group = params_.group_size.divisor;
-      const int head = item.kv_head * group + packed[i] - of_unit * group;
+      const int head = query_head(params_, item, token[i], packed[i]);
       char* row = params_.out + row_offset(params_, item, token[i], packed[i], params_.out_stride);
       float* row_lse =
           params_.lse + token[i] * params_.lse_stride.token + head * params_.lse_stride.head;
       if (item.partial_row >= 0) {
-        const int64_t state = int64_t{item.partial_row + of_unit} * params_.num_qo_heads + head;
+        const int64_t state =
+            int64_t{item.partial_row + token[i] - item.first_token} * params_.num_qo_heads + head;
         row = params_.partial_o + state * kHeadDim * 2;
         row_lse = params_.partial_lse + state;
       }

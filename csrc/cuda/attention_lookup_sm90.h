@@ -32,7 +32,7 @@ class Cursor {
       : params_(params),
         lane_(lane),
         flags_(flags),
-        rows_(flags == (flag::kBoth) ? 2 * kRows : kRows),
+        rows_(flags == flag::kBoth ? 2 * kRows : kRows),
         parts_(parts),
         units_a_head_(header.num_matrix_units * parts),
         next_item_(first),
@@ -85,8 +85,7 @@ class Cursor {
     column.seen_by =
         column.live ? make_int2(max(row_begin, token - diagonal), row_end) : make_int2(0, 0);
     block.item = item_;
-    block.flags = flags_ | (at_start_ ? flag::kFirst : 0) | (all_seen ? 0 : flag::kMasked);
-    at_start_ = false;
+    block.flags = flags_ | (all_seen ? 0 : flag::kMasked);
     position_ += count;
     if (position_ >= end_) block.flags |= flag::kLast;
     return true;
@@ -161,7 +160,6 @@ class Cursor {
         row_end_ = item_.end_token;
       }
       if (first_token_ > last_token_ || tokens <= 0 || num_segments_ <= 0) continue;
-      at_start_ = true;
       if (num_segments_ == 1) {
         pages_ = params_.kv_indices[level] + page_begin;
         walk_ = 0;
@@ -210,7 +208,6 @@ class Cursor {
   Item item_;
   int first_token_ = 0, last_token_ = 0;
   int position_ = 0, end_ = 0;  // in the walk
-  bool at_start_ = false;
   // A window of its segments, one a lane.
   int window_size_ = 0, window_end_ = 0, next_segment_ = 0, num_segments_ = 0;
   const int32_t* pages_ = nullptr;
@@ -313,7 +310,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void look_up(const Params& params, Shared<kHeadDim>& shared, int warp,
                                         int lane) {
   const auto& header = *reinterpret_cast<const gpu::Header*>(params.schedule);
-  const int heads = params.num_kv_heads, cta = blockIdx.x, grid = gridDim.x;
+  const int heads = params.kv_heads.divisor, cta = blockIdx.x, grid = gridDim.x;
   const int tile_rows = header.tile_tokens * static_cast<int>(params.group_size.divisor);
   const bool pairs = tile_rows > kRows;
   const int parts = pairs ? (tile_rows + 2 * kRows - 1) / (2 * kRows) : 1;

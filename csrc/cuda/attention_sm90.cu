@@ -13,6 +13,7 @@
 #include <cudaTypedefs.h>
 
 #include <atomic>
+#include <utility>
 
 #include "cuda/attention_consume_sm90.h"
 #include "cuda/attention_gather_sm90.h"
@@ -128,14 +129,9 @@ int hopper_sms(int device) {
   static std::array<std::atomic<int>, kDevices> cached{};  // the number + 1
   const bool known = device >= 0 && device < kDevices;
   if (known && cached[device].load() > 0) return cached[device].load() - 1;
-  int major = 0, minor = 0, sms = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-             "cudaDeviceGetAttribute");
-  if (major == 9 && minor == 0) {
-    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
+  int sms = 0;
+  if (is_hopper(device)) {
+    sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
     for (const ScalarType dtype : {ScalarType::Half, ScalarType::BFloat16}) {
       for (const int64_t head_dim : {64, 128, 256}) {
         dispatch(dtype, head_dim, [](auto element, auto dim) {
@@ -299,7 +295,6 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   params.v_stride = cache_strides(v_cache);
   params.num_rows = static_cast<int32_t>(num_rows);
   params.num_pages = static_cast<int32_t>(num_pages);
-  params.num_kv_heads = static_cast<int32_t>(num_kv_heads);
   params.num_qo_heads = static_cast<int32_t>(num_qo_heads);
   params.group_size = Divisor(static_cast<uint32_t>(num_qo_heads / num_kv_heads));
   params.page_size = Divisor(static_cast<uint32_t>(page_size));

@@ -59,7 +59,6 @@ struct Params {
   int32_t num_rows;
   int32_t num_pages;
   int32_t has_tensor_maps;
-  int32_t num_kv_heads;
   int32_t num_qo_heads;
   Divisor group_size{1};
   Divisor page_size{1};
@@ -80,9 +79,9 @@ struct Item {
 
 namespace flag {
 constexpr int kConsumer0 = 1, kConsumer1 = 2, kBoth = 3;  // who serves the item
-constexpr int kFirst = 4, kLast = 8;                      // block of the item
-constexpr int kMasked = 16;                               // some row does not see some column
-constexpr int kStop = 32;                                 // no further block
+constexpr int kLast = 4;                                  // block of the item
+constexpr int kMasked = 8;                                // some row does not see some column
+constexpr int kStop = 16;                                 // no further block
 }  // namespace flag
 
 // One block of columns, from the lookup to the others.
@@ -142,12 +141,17 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk, int atom_by
   return (chunk >> 3) * atom_bytes + row * 128 + (((chunk ^ row) & 7) << 4);
 }
 
-// Bytes from q's or out's start to a row of an item; `packed` counts from the unit's first.
+// The query head of a row of an item; `packed` counts from the unit's first row.
+__device__ __forceinline__ int query_head(const Params& params, const Item& item, int token,
+                                          int packed) {
+  const int group = params.group_size.divisor;
+  return item.kv_head * group + packed - (token - item.first_token) * group;
+}
+
+// Bytes from q's or out's start to it.
 __device__ __forceinline__ int64_t row_offset(const Params& params, const Item& item, int token,
                                               int packed, const Strides& stride) {
-  const int group = params.group_size.divisor;
-  const int head = item.kv_head * group + packed - (token - item.first_token) * group;
-  return token * stride.token + head * stride.head;
+  return token * stride.token + query_head(params, item, token, packed) * stride.head;
 }
 
 }  // namespace flashinfer_ops::sm90

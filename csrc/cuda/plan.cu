@@ -168,18 +168,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 struct DeviceKind {
   int32_t num_sms;
-  int32_t packed;  // Hopper: sm_90a's kernel runs on compute capability 9.0 and nothing else
+  int32_t packed;  // for Hopper's own kernels
   int32_t shared_words;
 };
 
 // Asks for the current device's kind and makes the kernels ready there.
 DeviceKind prepare(int device) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-    return value;
-  };
-  const int shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   for (const auto kernel : {plan_kernel<kSmallThreads>, plan_kernel<kLargeThreads>}) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
@@ -189,9 +184,7 @@ DeviceKind prepare(int device) {
                                     cudaSharedmemCarveoutMaxShared),
                "cudaFuncSetAttribute");
   }
-  return {attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-              attribute(cudaDevAttrComputeCapabilityMinor) == 0,
+  return {device_attribute(cudaDevAttrMultiProcessorCount, device), is_hopper(device),
           shared_bytes / 4};
 }
 

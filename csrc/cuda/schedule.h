@@ -25,7 +25,7 @@
 // level. A tile with more than one rank has scratch rows for partial states, [rank][row of tile].
 //
 // The capacities are functions of the shapes of the index arrays alone; the same sums stand in
-// `cuda_schedule_layout` in meta/plan.py.
+// `_gpu_schedule` in meta/plan.py.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <type_traits>
-#include <utility>
 
 namespace flashinfer_ops::sm90 {
 

@@ -10,11 +10,7 @@ import torch
 
 from ..meta import library
 from ..meta._library import NAMESPACE
-from .attention import (
-    cascade_attention,
-    cascade_attention_out,
-    cascade_attention_portable_out,
-)
+from .attention import cascade_attention, cascade_attention_out
 from .merge import (
     merge_state,
     merge_state_,
@@ -37,7 +33,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "append_paged_kv_cache_": append_paged_kv_cache_,
     "cascade_attention": cascade_attention,
     "cascade_attention.out": cascade_attention_out,
-    "cascade_attention.portable": cascade_attention_portable_out,
+    "cascade_attention.portable": cascade_attention_out,
 }
 
 

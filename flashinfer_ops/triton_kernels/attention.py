@@ -107,10 +107,6 @@ def cascade_attention_out(
     )  # fmt: skip
 
 
-cascade_attention_portable_out = cascade_attention_out
-"""By the name of the operator that a chip's own kernels call for inputs that they do not serve."""
-
-
 class _Launchers(NamedTuple):
     """The kernels of one call, and their arguments that are the same every time."""
 
