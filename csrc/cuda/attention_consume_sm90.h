@@ -26,17 +26,19 @@ class Consumer {
         number_(number),
         warp_(thread / 32),
         lane_(thread % 32),
-        q_tile_(tile_descriptor(shared_address(shared.q) + number * S::kTileBytes)),
+        q_tile_(tile_descriptor(shared_address(shared.q) + number * S::kQueryBytes)),
         k_tiles_(tile_descriptor(shared_address(shared.k))),
         v_tiles_(tile_descriptor(shared_address(shared.v), S::kAtomBytes)) {}
 
   __device__ __forceinline__ void run() {
+    if (!has_pairs(matrix_items(params_, params_.schedule))) go_alone();
     bool more = find_block();
     while (more) {
-      const Item item = entry().item;
+      const Item item = shared_.entries[stage_.index].item;
       // A consumer's rows of a pair item begin after the other's.
-      const int first_packed =
-          item.first_packed + (flags_ & (flag::kConsumer0 << (number_ ^ 1)) ? number_ * kRows : 0);
+      const bool is_pair = flags_ & flag::kPair;
+      arrivals_ = is_pair ? 1 : kConsumers;
+      const int first_packed = item.first_packed + (is_pair ? number_ * kRows : 0);
       int token[2], packed[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -44,33 +46,44 @@ class Consumer {
         token[i] = item.first_token + params_.group_size.divide(packed[i]);
       }
       begin_item(item, packed, token);
-      // The consumers of a pair item take turns on the matrix unit: one weighs values and starts
-      // the next scores while the other computes weights.
-      const bool turns = (flags_ & flag::kBoth) == flag::kBoth;
-      if (turns && number_ == 1) pass_turn();
-      if (turns) wait_for_turn();
+      // A pair item has much to compute: its consumers take turns on the matrix unit, which goes
+      // from a step's values to the next one's scores while the other consumer computes weights.
+      // A solo item waits for memory: its values are done with before it waits for the next keys.
+      if (is_pair && number_ == 1) pass_turn();
       for (bool last = false; !last;) {
-        const Step step = start_scores();
-        finish_scores(step);
-        if (turns) pass_turn();
-        if (kStepBlocks == 1 || step.count == 1) {
-          weigh<1>(step, token);
-        } else {
+        bool ready = false;
+        Step step = find_step<kPresent>();
+        show(step, step);
+        if (is_pair) wait_for_turn();
+        multiply<0>(step, step, is_pair, ready);
+        release_keys(step);
+        while (is_pair && !step.last) {
+          Step next;
+          if (ready) next = find_step<kKnown>();
           weigh<kStepBlocks>(step, token);
+          if (!ready) {
+            wait_for_values(step);
+            next = find_step<kNext>();
+          }
+          show(step, next);
+          wait_for_turn();
+          multiply<kStepBlocks>(step, next, is_pair, ready);
+          release_values<true>(step);
+          release_keys(next);
+          step = next;
         }
-        if (turns) wait_for_turn();
-        start_values(step);
-        last = step.last;
-        if (!last) {
-          advance();
-          find_block();
+        if (kStepBlocks == 1 || step.count == 1) {
+          finish<1>(step, token, is_pair);
+        } else {
+          finish<kStepBlocks>(step, token, is_pair);
         }
-        wgmma_wait<0>();
         release_values(step);
+        last = step.last;
+        stage_.advance(step_);
+        if (!last) find_block();
       }
-      if (turns && number_ == 0) pass_turn();
+      if (is_pair && number_ == 0) pass_turn();
       // What comes after the item may be long in coming, and only once these stages are free.
-      advance();
       more = find_block();
       store(item, packed, token);
     }
@@ -85,76 +98,76 @@ class Consumer {
   // One or two blocks of an item, and where they are.
   struct Step {
     int count;
-    bool last;  // of the item
-    int stage[kStepBlocks], parity[kStepBlocks], place[kStepBlocks], flags[kStepBlocks];
-    bool gathered[kStepBlocks];
+    int last;      // not 0: of the item
+    int gathered;  // not 0: in part
+    int masked[kStepBlocks];
+    int stage[kStepBlocks], parity[kStepBlocks];
   };
 
-  __device__ __forceinline__ const Entry& entry() const { return shared_.entries[place_.index]; }
-
-  __device__ __forceinline__ void advance() {
-    place_.advance();
-    stage_.advance();
-  }
-
-  // Goes on to the next block that is this consumer's; false when there is none.
+  // Waits for the present block; false when there is none.
   __device__ __forceinline__ bool find_block() {
-    for (;; advance()) {
-      barrier_wait(&shared_.entry_full[place_.index], place_.parity);
-      const int4 head = *reinterpret_cast<const int4*>(&entry().flags);
-      flags_ = head.x;
-      gathered_ = (head.y | head.z) != 0;
-      if (flags_ & flag::kStop) return false;
-      if (flags_ & (flag::kConsumer0 << number_)) return true;
-      release_entry(place_.index);
+    read_entry(true);
+    if (flags_ & flag::kSolo) {
+      __syncwarp();
+      if (lane_ == 0) {
+        barrier_arrive(&shared_.k_empty[stage_.index]);
+        barrier_arrive(&shared_.v_empty[stage_.index]);
+      }
+      stage_.advance();
+      go_alone();
+      read_entry(true);
     }
+    return !(flags_ & flag::kStop);
   }
-
-  // The matrix unit sees what bulk copies wrote; what threads copied it sees behind a fence.
-  __device__ __forceinline__ static void wait_for(uint64_t& full, int parity, bool gathered) {
-    barrier_wait(&full, parity);
-    if (gathered) fence_async_proxy();
+  // From here on the consumer has every other stage.
+  __device__ __forceinline__ void go_alone() {
+    step_ = kConsumers;
+    stage_.align(number_);
+  }
+  __device__ __forceinline__ void read_entry(bool wait) {
+    if (wait) barrier_wait(&shared_.entry_full[stage_.index], stage_.parity);
+    const int2 head = *reinterpret_cast<const int2*>(&shared_.entries[stage_.index].flags);
+    flags_ = head.x;
+    gathered_ = head.y;
   }
 
   // A stage's arrivals are those of both consumers; one that serves a block alone arrives twice.
+  template <bool kFull>
   __device__ __forceinline__ void release(const Step& step, uint64_t (&barriers)[S::kStages]) {
-    const int arrivals = (step.flags[0] & flag::kBoth) == flag::kBoth ? 1 : 2;
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      if (b < step.count && lane_ == 0) barrier_arrive(&barriers[step.stage[b]], arrivals);
-    }
-  }
-  __device__ __forceinline__ void release_entry(int index) {
     __syncwarp();
-    if (lane_ == 0) barrier_arrive(&shared_.entry_empty[index]);
-  }
-  __device__ __forceinline__ void release_values(const Step& step) {
-    pin_output();
-    release(step, shared_.v_empty);
+    if (lane_ == 0) {
 #pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      if (b < step.count) release_entry(step.place[b]);
+      for (int b = 0; b < kStepBlocks; ++b) {
+        if (b == 0 || kFull || b < step.count) {
+          barrier_arrive(&barriers[step.stage[b]], kFull ? 1 : arrivals_);
+        }
+      }
     }
+  }
+  __device__ __forceinline__ void release_keys(const Step& step) {
+    release<false>(step, shared_.k_empty);
+  }
+  // kFull: a step of a pair item with all its blocks.
+  template <bool kFull = false>
+  __device__ __forceinline__ void release_values(const Step& step) {
+    release<kFull>(step, shared_.v_empty);
   }
 
   __device__ __forceinline__ void begin_item(const Item& item, const int (&packed)[2],
                                              const int (&token)[2]) {
-    if constexpr (S::kQueriesInRegisters) {
-      // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
+    // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t offset = row_offset(params_, item, token[i], packed[i], params_.q_stride);
-        const char* row = params_.q + offset + lane_ % 4 * 4;
-        const bool live = token[i] < item.end_token;
+    for (int i = 0; i < 2; ++i) {
+      const int64_t offset = row_offset(params_, item, token[i], packed[i], params_.q_stride);
+      const char* row = params_.q + offset + lane_ % 4 * 4;
+      const bool live = token[i] < item.end_token;
 #pragma unroll
-        for (int j = 0; j < kHeadDim / 8; ++j) {
-          queries_[j / 2][j % 2 * 2 + i] =
-              live ? __ldg(reinterpret_cast<const uint32_t*>(row + j * 16)) : 0;
-        }
+      for (int j = 0; j < S::kQueryAtoms * 8; ++j) {
+        queries_[j / 2][j % 2 * 2 + i] =
+            live ? __ldg(reinterpret_cast<const uint32_t*>(row + j * 16)) : 0;
       }
-    } else {
-      store_queries(item, packed[0] - warp_ * 16 - lane_ / 4);
     }
+    if constexpr (S::kQueryBytes > 0) store_queries(item, packed[0] - warp_ * 16 - lane_ / 4);
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) output_[j / (kPartDim / 2)][j % (kPartDim / 2)] = 0;
 #pragma unroll
@@ -164,19 +177,20 @@ class Consumer {
     }
   }
 
-  // The consumer's queries to its tile in shared memory.
+  // The other queries to the consumer's tile in shared memory.
   __device__ __forceinline__ void store_queries(const Item& item, int first_packed) {
     sync_threads(1 + number_, kWarpgroup);  // all warps are done with the last item's
-    char* tile = shared_.q + number_ * S::kTileBytes;
-    const int thread = warp_ * 32 + lane_, chunk = thread % S::kChunks;
+    constexpr int kFirst = S::kQueryAtoms * 8, kCount = S::kChunks - kFirst;
+    char* tile = shared_.q + number_ * S::kQueryBytes;
+    const int thread = warp_ * 32 + lane_, chunk = thread % kCount;
 #pragma unroll 4
-    for (int r = thread / S::kChunks; r < kRows; r += kWarpgroup / S::kChunks) {
+    for (int r = thread / kCount; r < kRows; r += kWarpgroup / kCount) {
       const int packed = first_packed + r;
       const int token = item.first_token + params_.group_size.divide(packed);
       uint4 x{};
       if (token < item.end_token) {
-        x = *reinterpret_cast<const uint4*>(
-            params_.q + row_offset(params_, item, token, packed, params_.q_stride) + chunk * 16);
+        const int64_t offset = row_offset(params_, item, token, packed, params_.q_stride);
+        x = *reinterpret_cast<const uint4*>(params_.q + offset + (kFirst + chunk) * 16);
       }
       *reinterpret_cast<uint4*>(tile + chunk_offset(r, chunk, S::kAtomBytes)) = x;
     }
@@ -186,64 +200,135 @@ class Consumer {
 
   // Descriptors count in units of 16 bytes.
   __device__ __forceinline__ static uint64_t at(uint64_t tiles, int bytes) {
-    return tiles + (bytes >> 4);
+    const uint32_t low = static_cast<uint32_t>(tiles) + (bytes >> 4);
+    return (tiles & 0xFFFFFFFF00000000) | low;
   }
 
   __device__ __forceinline__ void wait_for_turn() { sync_threads(3 + number_, 2 * kWarpgroup); }
   __device__ __forceinline__ void pass_turn() { arrive_threads(3 + (number_ ^ 1), 2 * kWarpgroup); }
 
-  // Starts the scores of the present block, and of the next one where it is the item's too.
-  __device__ __forceinline__ Step start_scores() {
+  // The present block, or the next one, and the one behind it where that is the item's too, when
+  // their keys are there. They are known to be there, or waited for.
+  enum Finding { kPresent, kNext, kKnown };
+  template <Finding kFinding>
+  __device__ __forceinline__ Step find_step() {
     Step step;
     step.count = 0;
-    pin_scores();
+    step.gathered = 0;
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
-      if (b > 0) {
-        if (step.count < b || (flags_ & flag::kLast)) break;
-        advance();
-        find_block();
+      if (b > 0 && (step.count < b || (flags_ & flag::kLast))) break;
+      if (b > 0 || kFinding != kPresent) {
+        stage_.advance(step_);
+        read_entry(kFinding != kKnown);
       }
       step.count = b + 1;
       step.last = flags_ & flag::kLast;
       step.stage[b] = stage_.index;
       step.parity[b] = stage_.parity;
-      step.place[b] = place_.index;
-      step.flags[b] = flags_;
-      step.gathered[b] = gathered_;
-      wait_for(shared_.k_full[stage_.index], stage_.parity, gathered_);
-      wgmma_fence();
-      const uint64_t tile = at(k_tiles_, stage_.index * S::kTileBytes);
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        const int bytes = (k / 4) * S::kAtomBytes + (k % 4) * 32;
-        if constexpr (S::kQueriesInRegisters) {
-          wgmma_scores<T>(scores_[b], queries_[k], at(tile, bytes), k != 0);
-        } else {
-          wgmma_scores<T>(scores_[b], at(q_tile_, bytes), at(tile, bytes), k != 0);
-        }
-      }
-      wgmma_commit();
+      step.masked[b] = flags_ & flag::kMasked;
+      step.gathered |= gathered_;
+      if (kFinding != kKnown) barrier_wait(&shared_.k_full[stage_.index], stage_.parity);
     }
     return step;
   }
 
-  __device__ __forceinline__ void finish_scores(const Step& step) {
-    wgmma_wait<0>();
-    pin_scores();
-    release(step, shared_.k_empty);
-  }
-
-  __device__ __forceinline__ void start_values(const Step& step) {
-    pin_output();
+  // Whether the step's values and the next step's blocks and keys are there, without a wait. The
+  // step is full and not the item's last.
+  // What a barrier guards must not be read here: the answer and a read side by side are unordered.
+  __device__ __forceinline__ bool look_ahead(const Step& step) const {
+    RingPlace<S::kStages> stage = stage_;
+    bool ready = true;
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
-      if (b >= step.count) break;
-      // Not the phase before the last: the stage's earlier values, of the other consumer's item
-      // maybe, must be behind it.
-      barrier_wait(&shared_.v_empty[step.stage[b]], step.parity[b] ^ 1);
-      wait_for(shared_.v_full[step.stage[b]], step.parity[b], step.gathered[b]);
-      wgmma_fence();
+      ready &= barrier_done(&shared_.v_full[step.stage[b]], step.parity[b]);
+      stage.advance();
+      // One block may be the item's last; then the next item's is asked for in vain.
+      ready &= barrier_done(&shared_.entry_full[stage.index], stage.parity);
+      ready &= barrier_done(&shared_.k_full[stage.index], stage.parity);
+    }
+    return __all_sync(~0u, ready);
+  }
+
+  __device__ __forceinline__ void wait_for_values(const Step& step) {
+#pragma unroll
+    for (int b = 0; b < kStepBlocks; ++b) {
+      if (b < step.count) barrier_wait(&shared_.v_full[step.stage[b]], step.parity[b]);
+    }
+  }
+
+  // The matrix unit sees what bulk copies wrote; what threads copied it sees behind a fence.
+  __device__ __forceinline__ static void show(const Step& step, const Step& next) {
+    if (step.gathered || next.gathered) fence_async_proxy();
+  }
+
+  // Starts the products of a step's weights and values and then the next one's scores. The matrix
+  // unit goes through them without a gap only if nothing but products stands between the two.
+  template <int kBlocks>
+  __device__ __forceinline__ void multiply(const Step& step, const Step& next, bool is_pair,
+                                           bool& ready) {
+    if (kStepBlocks == 1 || next.count == 1) {
+      multiply_blocks<kBlocks, 1>(step, next, is_pair, ready);
+    } else {
+      multiply_blocks<kBlocks, kStepBlocks>(step, next, is_pair, ready);
+    }
+  }
+
+  template <int kBlocks, int kNextBlocks>
+  __device__ __forceinline__ void multiply_blocks(const Step& step, const Step& next, bool is_pair,
+                                                  bool& ready) {
+    pin_scores();
+    pin_output();
+    wgmma_fence();
+    start_values<kBlocks>(step);
+    start_scores<kNextBlocks>(next);
+    if (is_pair) pass_turn();
+    if (kNextBlocks == kStepBlocks) ready = look_ahead(next);
+    wgmma_wait<0>();
+    pin_scores();
+    pin_output();
+  }
+
+  // The item's last step.
+  template <int kBlocks>
+  __device__ __forceinline__ void finish(const Step& step, const int (&token)[2], bool is_pair) {
+    weigh<kBlocks>(step, token);
+    wait_for_values(step);
+    show(step, step);
+    if (is_pair) wait_for_turn();
+    pin_output();
+    wgmma_fence();
+    start_values<kBlocks>(step);
+    wgmma_wait<0>();
+    pin_output();
+  }
+
+  template <int kBlocks>
+  __device__ __forceinline__ void start_scores(const Step& step) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint64_t tile = at(k_tiles_, step.stage[b] * S::kTileBytes);
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        const int atom = k / 4, bytes = k % 4 * 32;
+        const uint64_t keys = at(tile, atom * S::kAtomBytes + bytes);
+        if constexpr (S::kQueryBytes == 0) {
+          wgmma_scores<T>(scores_[b], queries_[k], keys, k != 0);
+        } else if (atom < S::kQueryAtoms) {
+          wgmma_scores<T>(scores_[b], queries_[k], keys, k != 0);
+        } else {
+          const int others = (atom - S::kQueryAtoms) * S::kAtomBytes + bytes;
+          wgmma_scores<T>(scores_[b], at(q_tile_, others), keys, k != 0);
+        }
+      }
+    }
+    wgmma_commit();
+  }
+
+  template <int kBlocks>
+  __device__ __forceinline__ void start_values(const Step& step) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
       const uint64_t tile = at(v_tiles_, step.stage[b] * S::kTileBytes);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -253,8 +338,8 @@ class Consumer {
           wgmma_values<T>(output_[part], weights_[b][k], at(tile, bytes), 1);
         }
       }
-      wgmma_commit();
     }
+    if (kBlocks > 0) wgmma_commit();
   }
 
   __device__ __forceinline__ void pin_scores() {
@@ -278,8 +363,8 @@ class Consumer {
   __device__ __forceinline__ void mask(const Step& step, const int (&token)[2]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      if (step.flags[b] & flag::kMasked) {
-        const int2* seen_by = shared_.entries[step.place[b]].seen_by;
+      if (step.masked[b]) {
+        const int2* seen_by = shared_.entries[step.stage[b]].seen_by;
 #pragma unroll
         for (int j = 0; j < kColumns / 8; ++j) {
           const int4 pair = *reinterpret_cast<const int4*>(seen_by + 8 * j + 2 * (lane_ % 4));
@@ -298,34 +383,53 @@ class Consumer {
   // maximum.
   template <int kBlocks>
   __device__ __forceinline__ void softmax() {
+    constexpr int kPairs = kBlocks * kColumns / 8;  // of neighbouring columns, in each row
+    const auto pair = [&](int i, int j) {
+      return &scores_[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
+    };
     const float scale = params_.scale_log2;
-    float rescale[2];
+    float rescale[2], base[2];
+    // Several maxima and sums at a time: one operation need not wait for the last.
+    float peaks[2][2] = {{peak_[0], peak_[0]}, {peak_[1], peak_[1]}};
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* x = pair(i, j);
+        peaks[i][j % 2] = fmaxf(peaks[i][j % 2], fmaxf(x[0], x[1]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) peaks[i][0] = fmaxf(peaks[i][0], peaks[i][1]);
+#pragma unroll
+    for (int delta = 1; delta <= 2; delta *= 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        peaks[i][0] = fmaxf(peaks[i][0], __shfl_xor_sync(~0u, peaks[i][0], delta));
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float peak = peak_[i];
-#pragma unroll
-      for (int j = 0; j < kBlocks * kColumns / 8; ++j) {
-        const float* x = &scores_[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
-        peak = fmaxf(peak, fmaxf(x[0], x[1]));
-      }
-      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
       // A row that has seen nothing yet has weights 2^(-inf - 0) = 0.
-      const float base = peak == -kInfinity ? 0 : peak * scale;
-      rescale[i] = exp2_fast(peak_[i] * scale - base);
-      peak_[i] = peak;
-      float total = 0;
+      base[i] = peaks[i][0] == -kInfinity ? 0 : peaks[i][0] * scale;
+      rescale[i] = exp2_fast(fmaf(peak_[i], scale, -base[i]));
+      peak_[i] = peaks[i][0];
+    }
+    float totals[2][2] = {};
 #pragma unroll
-      for (int j = 0; j < kBlocks * kColumns / 8; ++j) {
-        float* x = &scores_[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
+    for (int j = 0; j < kPairs; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float* x = pair(i, j);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          x[c] = exp2_fast(fmaf(x[c], scale, -base));
-          total += x[c];
+          x[c] = exp2_fast(fmaf(x[c], scale, -base[i]));
+          totals[i][c] += x[c];
         }
       }
-      total_[i] = fmaf(total_[i], rescale[i], total);
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) total_[i] = fmaf(total_[i], rescale[i], totals[i][0] + totals[i][1]);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -389,11 +493,12 @@ class Consumer {
   Shared<kHeadDim>& shared_;
   const int number_, warp_, lane_;
   const uint64_t q_tile_, k_tiles_, v_tiles_;  // descriptors
-  RingPlace<kEntries> place_;
   RingPlace<S::kStages> stage_;
+  int step_ = 1;  // from one of its blocks to the next
+  int arrivals_ = 0;  // that a warp owes a stage
   int flags_ = 0;
-  bool gathered_ = false;
-  uint32_t queries_[S::kQueriesInRegisters ? kHeadDim / 16 : 1][4];
+  int gathered_ = 0;
+  uint32_t queries_[S::kQueryAtoms > 0 ? 4 * S::kQueryAtoms : 1][4];
   uint32_t weights_[kStepBlocks][kColumns / 16][4];
   float scores_[kStepBlocks][kColumns / 2];
   float output_[kParts][kPartDim / 2];

@@ -16,9 +16,8 @@
 #include <utility>
 
 #include "cuda/attention_consume_sm90.h"
-#include "cuda/attention_gather_sm90.h"
-#include "cuda/attention_lookup_sm90.h"
 #include "cuda/attention_merge_sm90.h"
+#include "cuda/attention_produce_sm90.h"
 
 namespace flashinfer_ops::sm90 {
 namespace {
@@ -31,10 +30,9 @@ __device__ __forceinline__ void init_barriers(Shared<kHeadDim>& shared, int thre
     if (thread >= 0 && thread < kCount) barrier_init(&barriers[thread], arrivals);
     thread -= kCount;
   };
-  init(shared.entry_full, kLookupWarps);
-  init(shared.entry_empty, kGatherWarps + kConsumerWarps);
-  init(shared.k_full, kLookupWarps + 32 * kGatherWarps);
-  init(shared.v_full, kLookupWarps + 32 * kGatherWarps);
+  init(shared.entry_full, 1);
+  init(shared.k_full, 1 + 32);
+  init(shared.v_full, 1 + 32);
   init(shared.k_empty, kConsumerWarps);
   init(shared.v_empty, kConsumerWarps);
   fence_barrier_init();
@@ -57,10 +55,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   let_next_kernel_start();
   if (warp < kWarpgroup / 32) {
     give_up_registers<Shape<kHeadDim>::kProducerRegisters>();
-    if (warp < kLookupWarps) {
-      look_up<kHeadDim>(params, shared, warp, threadIdx.x % 32);
-    } else {
-      gather<kHeadDim>(params, shared, warp - kLookupWarps, threadIdx.x % 32);
+    if (warp < Shape<kHeadDim>::kProducerWarps) {
+      Producer<kHeadDim>(params, shared, warp, threadIdx.x % 32).run();
     }
   } else {
     take_registers<Shape<kHeadDim>::kConsumerRegisters>();

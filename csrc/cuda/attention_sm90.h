@@ -1,17 +1,18 @@
 // What the parts of Hopper's attention kernel share: parameters, shared memory, roles.
 //
-// Grid: one CTA an SM, each with a fixed list of items. Block: three warpgroups. The first one
-// produces, with two warps that look up where each column of KV lies and start the bulk copies, and
-// two that copy what is not in one piece; the others consume, each 64 packed rows at a time. An
-// item is a unit of the schedule (schedule.h) and a KV head: a pair item has up to 128 packed rows
-// and is served by both consumers, a solo item up to 64 and is served by one.
+// Grid: one CTA an SM, each with a fixed list of items. Block: three warpgroups. The warps of the
+// first one produce: they take turns block by block, and look up where each column of KV lies and
+// copy it; the others consume, each 64 packed rows at a time. An item is a unit of the schedule
+// (schedule.h) and a KV head: a pair item has up to 128 packed rows and is served by both
+// consumers, a solo item up to 64 and is served by one.
 //
 // KV goes through a ring of stages, each kColumns tokens of K and V, rows of 128 bytes in the
-// swizzled order of the matrix unit. Each lookup warp and each gather warp has half of the columns.
+// swizzled order of the matrix unit, and an entry that says what they are.
 //
-//   lookup warps --bulk copies--------------------> stage --> consumers --> free again
-//   lookup warps --entry--> gather warps --copies-> stage
-//   lookup warps --entry------------------------------------> consumers --> free again
+//   producers --K, entry, V--> stage --> consumers --> K, then V and entry free again
+//
+// Pair items come first and go through all of the ring, up to a mark. Every other place is then one
+// consumer's: neither waits for the other.
 #pragma once
 
 #include <cuda.h>
@@ -26,14 +27,12 @@ using gpu::kMaxLevels;
 
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kLookupWarps = 2;
-constexpr int kGatherWarps = 2;
 constexpr int kConsumers = 2;
 constexpr int kConsumerWarps = 4 * kConsumers;
 constexpr int kRows = 64;     // packed rows of a consumer
 constexpr int kColumns = 64;  // KV tokens of a stage
 constexpr int kRun = 16;      // of them, neighbours in a page, are copied at once
-constexpr int kEntries = 8;   // that the lookup may be ahead of the slower consumer
+constexpr int kRuns = kColumns / kRun;
 
 struct Strides {
   int64_t token, head;  // in bytes
@@ -78,23 +77,27 @@ struct Item {
 };
 
 namespace flag {
-constexpr int kConsumer0 = 1, kConsumer1 = 2, kBoth = 3;  // who serves the item
-constexpr int kLast = 4;                                  // block of the item
-constexpr int kMasked = 8;                                // some row does not see some column
-constexpr int kStop = 16;                                 // no further block
+constexpr int kPair = 1;    // both consumers serve the item
+constexpr int kLast = 2;    // block of the item
+constexpr int kMasked = 4;  // some row does not see some column
+constexpr int kSolo = 8;    // no block: from here on each consumer has items of its own
+constexpr int kStop = 16;   // no block: there is no other
 }  // namespace flag
 
-// One block of columns, from the lookup to the others.
+// One block of columns, as consumers must know it.
 struct alignas(16) Entry {
   int2 seen_by[kColumns];  // query tokens [x, y)
-  // Of columns that are gathered: bytes from the cache's start, or -1 where no row sees the column.
-  int64_t k[kColumns];
-  int64_t v[kColumns];
   // 16 bytes that are read together.
   int32_t flags;
-  int32_t gathered[kLookupWarps];  // which of the runs of a warp's columns are gathered: bits 0, 1
-  int32_t reserved;
+  int32_t gathered;  // whether threads copied some of the block
+  int32_t reserved[2];
   Item item;
+};
+
+// Where the rows of a block's columns are.
+struct Rows {
+  const char* k[kColumns];
+  const char* v[kColumns];
 };
 
 template <int kHeadDim>
@@ -104,11 +107,15 @@ struct Shape {
   static constexpr int kAtomBytes = kColumns * 128;       // 64 rows of one atom
   static constexpr int kTileBytes = kAtoms * kAtomBytes;  // K or V of a stage, Q of a consumer
   static constexpr int kStages = kHeadDim == 64 ? 12 : kHeadDim == 128 ? 6 : 2;
-  // Queries stay in registers where there is room.
-  static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
+  // As many as may be at work on stages of their own.
+  static constexpr int kProducerWarps = kStages < 4 ? kStages : 4;
+  static_assert(kProducerWarps % kConsumers == 0);
+  // Queries stay in registers where there is room: so many atoms of them.
+  static constexpr int kQueryAtoms = kHeadDim <= 128 ? 1 : 0;
+  static constexpr int kQueryBytes = (kAtoms - kQueryAtoms) * kAtomBytes;  // the others
   static constexpr int kStepBlocks = kHeadDim <= 128 ? 2 : 1;  // that a consumer takes at once
-  static constexpr int kProducerRegisters = 72;
-  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 88;
+  static constexpr int kConsumerRegisters = 208;
 };
 
 template <int kHeadDim>
@@ -116,9 +123,11 @@ struct Shared {
   using S = Shape<kHeadDim>;
   alignas(1024) char k[S::kStages][S::kTileBytes];
   alignas(1024) char v[S::kStages][S::kTileBytes];
-  alignas(1024) char q[S::kQueriesInRegisters ? 1 : kConsumers * S::kTileBytes];
-  Entry entries[kEntries];
-  uint64_t entry_full[kEntries], entry_empty[kEntries];
+  alignas(1024) char q[S::kQueryBytes > 0 ? kConsumers * S::kQueryBytes : 1];
+  Rows rows[S::kProducerWarps];
+  Entry entries[S::kStages];
+  // An entry is filled when its stage's last values are done with, and free again with its values.
+  uint64_t entry_full[S::kStages];
   uint64_t k_full[S::kStages], k_empty[S::kStages];
   uint64_t v_full[S::kStages], v_empty[S::kStages];
 };
@@ -128,17 +137,44 @@ template <int kSize>
 struct RingPlace {
   int index = 0;
   int parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++index == kSize) {
-      index = 0;
+  __device__ __forceinline__ void advance(int step = 1) {
+    index += step;
+    if (index >= kSize) {
+      index -= kSize;
       parity ^= 1;
     }
+  }
+  // On to the next place that is a consumer's own.
+  __device__ __forceinline__ void align(int consumer) {
+    static_assert(kSize % kConsumers == 0);
+    if (index % kConsumers != consumer) advance();
   }
 };
 
 // Bytes from a tile's start to a 16-byte chunk of a row.
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk, int atom_bytes) {
   return (chunk >> 3) * atom_bytes + row * 128 + (((chunk ^ row) & 7) << 4);
+}
+
+// The matrix units' items: pair items where a tile has more rows than a consumer.
+struct MatrixItems {
+  bool are_pairs;
+  int32_t parts;  // of a unit, each of up to 2 * kRows packed rows
+  int32_t units;  // of a KV head, times parts
+  int32_t count;
+};
+__device__ __forceinline__ MatrixItems matrix_items(const Params& params,
+                                                    const int32_t* schedule) {
+  const auto& header = *reinterpret_cast<const gpu::Header*>(schedule);
+  const int tile_rows = header.tile_tokens * static_cast<int>(params.group_size.divisor);
+  const bool are_pairs = tile_rows > kRows;
+  const int parts = are_pairs ? (tile_rows + 2 * kRows - 1) / (2 * kRows) : 1;
+  const int units = header.num_matrix_units * parts;
+  return {are_pairs, parts, units, units * static_cast<int>(params.kv_heads.divisor)};
+}
+// Of the CTA.
+__device__ __forceinline__ bool has_pairs(const MatrixItems& items) {
+  return items.are_pairs && static_cast<int>(blockIdx.x) < items.count;
 }
 
 // The query head of a row of an item; `packed` counts from the unit's first row.

@@ -44,12 +44,31 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// Whether the phase of that parity is complete.
+__device__ __forceinline__ bool barrier_done(uint64_t* barrier, int parity) {
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // Makes barriers that were just initialised visible to all threads' waits.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 // --- asynchronous copies
+
+__device__ __forceinline__ void prefetch_line(const void* p) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
 
 // 16 bytes to shared memory; zeros where not `live`.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool live) {
@@ -85,6 +104,19 @@ __device__ __forceinline__ void copy_box(uint32_t to, const void* tensor_map, in
       " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
       "l"(tensor_map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(shared_address(barrier))
       : "memory");
+}
+
+// True for one lane of a warp whose lanes are together.
+__device__ __forceinline__ bool elect_lane() {
+  int elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xFFFFFFFF;\n"
+      "selp.b32 %0, 1, 0, elected;\n"
+      "}"
+      : "=r"(elected));
+  return elected;
 }
 
 // What ordinary stores and copies wrote to shared memory, before the matrix unit reads it.

@@ -1,0 +1,228 @@
+// The producers: the columns of a block to a stage, and what consumers must know of it.
+//
+// The warps take turns block by block. Runs of columns that are neighbours in a page are copied at
+// once; others, such as pages of one token, 16 bytes at a time.
+#pragma once
+
+#include "cuda/attention_lookup_sm90.h"
+
+namespace flashinfer_ops::sm90 {
+
+template <int kHeadDim>
+class Producer {
+ public:
+  using S = Shape<kHeadDim>;
+  static constexpr int kAllRuns = (1 << kRuns) - 1;
+
+  __device__ __forceinline__ Producer(const Params& params, Shared<kHeadDim>& shared, int warp,
+                                      int lane)
+      : params_(params),
+        shared_(shared),
+        rows_(shared.rows[warp]),
+        warp_(warp),
+        lane_(lane) {}
+
+  __device__ __forceinline__ void run() {
+    const bool marked = has_pairs(matrix_items(params_, params_.schedule));
+    const int consumer = warp_ % kConsumers;
+    if (!marked) stage_.align(consumer);
+#pragma unroll 1
+    for (int kind = marked ? 0 : 1; kind < 2; ++kind) {
+      const bool pairs = kind == 0;
+      // A warp's turn among those that share the list, and from one of its places to the next.
+      const int step = pairs ? 1 : kConsumers;
+      const int turns = S::kProducerWarps / step, its_turn = warp_ / step;
+      Cursor cursor(params_, pairs, list_words(pairs), lane_);
+      int turn = 0;
+      // A list's places are freed in order, but for the mark, which both consumers read: a warp that
+      // went on could take the state of a barrier two rounds ago for the last one's.
+      bool wait = marked && !pairs && mark_.index % kConsumers == consumer;
+      for (;;) {
+        const bool mine = turn == its_turn;
+        Block block;
+        if (!cursor.next_block(mine, turns, block)) break;
+        if (mine) {
+          if (wait) wait_for_mark();
+          wait = false;
+          publish(block);
+        }
+        if (++turn == turns) turn = 0;
+        stage_.advance(step);
+      }
+      if (turn == its_turn) mark(pairs ? flag::kSolo : flag::kStop);
+      if (pairs) {
+        mark_ = stage_;
+        stage_.advance();
+        stage_.align(consumer);
+      }
+    }
+  }
+
+ private:
+  // The lane's word of the list of pair items, or of the consumer's own items.
+  __device__ __forceinline__ int32_t list_words(bool pairs) const {
+    const int32_t* schedule = params_.schedule;
+    const MatrixItems matrix = matrix_items(params_, schedule);
+    const auto& header = *reinterpret_cast<const gpu::Header*>(schedule);
+    const int cta = blockIdx.x, grid = gridDim.x, consumer = warp_ % kConsumers;
+    // Solo items begin with the CTAs that have a pair item less.
+    const int turn = cta - (matrix.are_pairs ? matrix.count % grid : 0);
+    const int first = pairs ? cta : (turn < 0 ? turn + grid : turn) + consumer * grid;
+    const int num_matrix = pairs == matrix.are_pairs ? matrix.count : 0;
+    const int num_stream =
+        pairs ? 0 : header.num_stream_units * static_cast<int>(params_.kv_heads.divisor);
+    const int32_t words[] = {first,      pairs ? grid : kConsumers * grid,
+                             num_matrix + num_stream, num_matrix,
+                             matrix.units, matrix.parts};
+    int32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(words) / sizeof(int32_t)); ++i) {
+      word = lane_ == i ? words[i] : word;
+    }
+    return word;
+  }
+
+  __device__ __forceinline__ void publish(const Block& block) {
+    const int stage = stage_.index, parity = stage_.parity;
+    // A page number outside of the cache reads some page of it, not other memory.
+    uint32_t page[kLaneColumns], live[kLaneColumns];
+    int bulk = 0;  // bit r: run r is neighbours in a page
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) {
+      const Column& column = block.columns[c];
+      page[c] =
+          min(static_cast<uint32_t>(column.page), static_cast<uint32_t>(params_.num_pages - 1));
+      const uint32_t first_page = __shfl_sync(~0u, page[c], lane_ & kRun);
+      const int first_slot = __shfl_sync(~0u, column.slot, lane_ & kRun);
+      live[c] = __ballot_sync(~0u, column.live);
+      const uint32_t neighbours =
+          live[c] & __ballot_sync(~0u, page[c] == first_page &&
+                                           column.slot == first_slot + lane_ % kRun);
+      if ((neighbours & 0xFFFF) == 0xFFFF) bulk |= 1 << 2 * c;
+      if (neighbours >> 16 == 0xFFFF) bulk |= 2 << 2 * c;
+    }
+    if (!params_.has_tensor_maps) bulk = 0;
+    if (bulk != kAllRuns) store_rows(block, page);
+    // Not unrolled: in a small batch, what runs but once waits for its instructions.
+#pragma unroll 1
+    for (int values = 0; values < 2; ++values) {
+      barrier_wait(values ? &shared_.v_empty[stage] : &shared_.k_empty[stage], parity ^ 1);
+      if (values) publish_entry(block, bulk != kAllRuns);
+      uint64_t* full = values ? &shared_.v_full[stage] : &shared_.k_full[stage];
+      const uint32_t tile = shared_address(values ? shared_.v[stage] : shared_.k[stage]);
+      int run_page[kRuns], run_slot[kRuns];
+#pragma unroll
+      for (int r = 0; r < kRuns; ++r) {
+        run_page[r] = __shfl_sync(~0u, static_cast<int>(page[r / 2]), r % 2 * kRun);
+        run_slot[r] = __shfl_sync(~0u, block.columns[r / 2].slot, r % 2 * kRun);
+      }
+      // An arrival of each lane, and one with the bytes of bulk copies.
+      if (elect_lane()) {
+        const CUtensorMap* map = values ? &params_.v_map : &params_.k_map;
+        barrier_arrive_expecting(full, __popc(bulk) * kRun * kHeadDim * 2);
+        if (bulk == kAllRuns) barrier_arrive(full, 32);
+#pragma unroll
+        for (int r = 0; r < kRuns; ++r) {
+          if (!(bulk >> r & 1)) continue;
+#pragma unroll
+          for (int atom = 0; atom < S::kAtoms; ++atom) {
+            copy_box(tile + atom * S::kAtomBytes + r * kRun * 128, map, atom * 64, run_slot[r],
+                     block.item.kv_head, run_page[r], full);
+          }
+        }
+      }
+      __syncwarp();
+      if (bulk == kAllRuns) continue;
+#pragma unroll 1
+      for (int r = 0; r < kRuns; ++r) {
+        if (!(bulk >> r & 1)) {
+          gather((values ? rows_.v : rows_.k) + r * kRun, tile + r * kRun * 128,
+                 (r < 2 ? live[0] : live[1]) >> r % 2 * kRun);
+        }
+      }
+      barrier_arrive_after_copies(full);
+    }
+  }
+
+  __device__ __forceinline__ void publish_entry(const Block& block, bool gathered) {
+    Entry& entry = shared_.entries[stage_.index];
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) {
+      entry.seen_by[32 * c + lane_] = block.columns[c].seen_by;
+    }
+    if (lane_ == 0) {
+      entry.flags = block.flags;
+      entry.gathered = gathered;
+      entry.item = block.item;
+    }
+    __syncwarp();
+    if (lane_ == 0) barrier_arrive(&shared_.entry_full[stage_.index]);
+  }
+
+  // A stage that holds no block.
+  __device__ __forceinline__ void mark(int flags) {
+    const int stage = stage_.index, parity = stage_.parity;
+    barrier_wait(&shared_.k_empty[stage], parity ^ 1);
+    barrier_wait(&shared_.v_empty[stage], parity ^ 1);
+    if (lane_ == 0) {
+      shared_.entries[stage].flags = flags;
+      barrier_arrive(&shared_.k_full[stage], 1 + 32);
+      barrier_arrive(&shared_.v_full[stage], 1 + 32);
+      barrier_arrive(&shared_.entry_full[stage]);
+    }
+  }
+
+  // Until both consumers have read the mark between pair items and their own.
+  __device__ __forceinline__ void wait_for_mark() {
+    barrier_wait(&shared_.k_empty[mark_.index], mark_.parity);
+    barrier_wait(&shared_.v_empty[mark_.index], mark_.parity);
+  }
+
+  __device__ __forceinline__ void store_rows(const Block& block,
+                                             const uint32_t (&page)[kLaneColumns]) {
+    __syncwarp();
+    const int64_t head = block.item.kv_head;
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) {
+      const int slot = block.columns[c].slot;
+      const auto offset = [&](const CacheStrides& stride) {
+        return page[c] * stride.page + slot * stride.slot + head * stride.head;
+      };
+      rows_.k[32 * c + lane_] = params_.k_cache + offset(params_.k_stride);
+      rows_.v[32 * c + lane_] = params_.v_cache + offset(params_.v_stride);
+    }
+    __syncwarp();
+  }
+
+  // A run's rows to a tile, zeros for those that are not live (bit i: row i is).
+  __device__ __forceinline__ void gather(const char* const* rows, uint32_t tile,
+                                         uint32_t live) const {
+    constexpr int kRowStep = 32 / S::kChunks > 0 ? 32 / S::kChunks : 1;
+    constexpr int kSteps = kRun / kRowStep, kAtOnce = kSteps < 8 ? kSteps : 8;
+    const int chunk = lane_ % S::kChunks, first = lane_ / S::kChunks;
+    const uint32_t to = tile + chunk_offset(first, chunk, S::kAtomBytes);
+    const uint32_t live_here = live >> first;
+    // Some addresses are read before the first copy, so that their latencies overlap.
+#pragma unroll
+    for (int step = 0; step < kSteps; step += kAtOnce) {
+      const char* row[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) row[i] = rows[first + (step + i) * kRowStep];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        // chunk_offset of that row: its number and the first one's have no bit in common.
+        const int further = (step + i) * kRowStep;
+        copy_async((to ^ (further & 7) << 4) + further * 128, row[i] + chunk * 16,
+                   live_here & 1 << further);
+      }
+    }
+  }
+
+  const Params& params_;
+  Shared<kHeadDim>& shared_;
+  Rows& rows_;
+  const int warp_, lane_;
+  RingPlace<S::kStages> stage_, mark_;
+};
+
+}  // namespace flashinfer_ops::sm90
