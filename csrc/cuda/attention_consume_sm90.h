@@ -33,19 +33,13 @@ class Consumer {
   __device__ __forceinline__ void run() {
     if (!has_pairs(matrix_items(params_, params_.schedule))) go_alone();
     bool more = find_block();
+    Work work;
+    if (more) work = begin_work();
     while (more) {
-      const Item item = shared_.entries[stage_.index].item;
-      // A consumer's rows of a pair item begin after the other's.
-      const bool is_pair = flags_ & flag::kPair;
+      const bool is_pair = work.is_pair;
+      const int(&token)[2] = work.token;
       arrivals_ = is_pair ? 1 : kConsumers;
-      const int first_packed = item.first_packed + (is_pair ? number_ * kRows : 0);
-      int token[2], packed[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        packed[i] = first_packed + warp_ * 16 + lane_ / 4 + 8 * i;
-        token[i] = item.first_token + params_.group_size.divide(packed[i]);
-      }
-      begin_item(item, packed, token);
+      begin_item();
       // A pair item has much to compute: its consumers take turns on the matrix unit, which goes
       // from a step's values to the next one's scores while the other consumer computes weights.
       // A solo item waits for memory: its values are done with before it waits for the next keys.
@@ -85,7 +79,10 @@ class Consumer {
       if (is_pair && number_ == 0) pass_turn();
       // What comes after the item may be long in coming, and only once these stages are free.
       more = find_block();
-      store(item, packed, token);
+      const Work done = work;
+      // The next queries are on their way while this output is stored.
+      if (more) work = begin_work();
+      store(done);
     }
   }
 
@@ -94,6 +91,13 @@ class Consumer {
   // The matrix unit takes up to 128 columns of the output at once here.
   static constexpr int kPartDim = kHeadDim < 128 ? kHeadDim : 128;
   static constexpr int kParts = kHeadDim / kPartDim;
+
+  // An item, and the thread's two rows of it.
+  struct Work {
+    Item item;
+    bool is_pair;
+    int token[2], packed[2];
+  };
 
   // One or two blocks of an item, and where they are.
   struct Step {
@@ -153,21 +157,59 @@ class Consumer {
     release<kFull>(step, shared_.v_empty);
   }
 
-  __device__ __forceinline__ void begin_item(const Item& item, const int (&packed)[2],
-                                             const int (&token)[2]) {
+  // The present block's item; its queries are asked for.
+  __device__ __forceinline__ Work begin_work() {
+    Work work;
+    work.item = shared_.entries[stage_.index].item;
+    work.is_pair = flags_ & flag::kPair;
+    // A consumer's rows of a pair item begin after the other's.
+    const int first_packed = work.item.first_packed + (work.is_pair ? number_ * kRows : 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      work.packed[i] = first_packed + warp_ * 16 + lane_ / 4 + 8 * i;
+      work.token[i] = work.item.first_token + params_.group_size.divide(work.packed[i]);
+    }
+    if constexpr (S::kQueryBytes > 0) copy_queries(work.item, first_packed);
     // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t offset = row_offset(params_, item, token[i], packed[i], params_.q_stride);
-      const char* row = params_.q + offset + lane_ % 4 * 4;
-      const bool live = token[i] < item.end_token;
+      const char* row = params_.q + lane_ % 4 * 4 +
+                        row_offset(params_, work.item, work.token[i], work.packed[i],
+                                   params_.q_stride);
+      const bool live = work.token[i] < work.item.end_token;
 #pragma unroll
       for (int j = 0; j < S::kQueryAtoms * 8; ++j) {
         queries_[j / 2][j % 2 * 2 + i] =
             live ? __ldg(reinterpret_cast<const uint32_t*>(row + j * 16)) : 0;
       }
     }
-    if constexpr (S::kQueryBytes > 0) store_queries(item, packed[0] - warp_ * 16 - lane_ / 4);
+    return work;
+  }
+
+  // The other queries, to the consumer's tile in shared memory.
+  __device__ __forceinline__ void copy_queries(const Item& item, int first_packed) {
+    sync_threads(1 + number_, kWarpgroup);  // all warps are done with the last item's
+    constexpr int kFirst = S::kQueryAtoms * 8, kCount = S::kChunks - kFirst;
+    const uint32_t tile = shared_address(shared_.q) + number_ * S::kQueryBytes;
+    const int thread = warp_ * 32 + lane_, chunk = thread % kCount;
+#pragma unroll 4
+    for (int r = thread / kCount; r < kRows; r += kWarpgroup / kCount) {
+      const int packed = first_packed + r;
+      const int token = item.first_token + params_.group_size.divide(packed);
+      const bool live = token < item.end_token;
+      const int64_t offset =
+          live ? row_offset(params_, item, token, packed, params_.q_stride) : 0;
+      copy_async(tile + chunk_offset(r, chunk, S::kAtomBytes),
+                 params_.q + offset + (kFirst + chunk) * 16, live);
+    }
+  }
+
+  __device__ __forceinline__ void begin_item() {
+    if constexpr (S::kQueryBytes > 0) {
+      wait_for_own_copies();
+      fence_async_proxy();
+      sync_threads(1 + number_, kWarpgroup);
+    }
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) output_[j / (kPartDim / 2)][j % (kPartDim / 2)] = 0;
 #pragma unroll
@@ -175,27 +217,6 @@ class Consumer {
       peak_[i] = -kInfinity;
       total_[i] = 0;
     }
-  }
-
-  // The other queries to the consumer's tile in shared memory.
-  __device__ __forceinline__ void store_queries(const Item& item, int first_packed) {
-    sync_threads(1 + number_, kWarpgroup);  // all warps are done with the last item's
-    constexpr int kFirst = S::kQueryAtoms * 8, kCount = S::kChunks - kFirst;
-    char* tile = shared_.q + number_ * S::kQueryBytes;
-    const int thread = warp_ * 32 + lane_, chunk = thread % kCount;
-#pragma unroll 4
-    for (int r = thread / kCount; r < kRows; r += kWarpgroup / kCount) {
-      const int packed = first_packed + r;
-      const int token = item.first_token + params_.group_size.divide(packed);
-      uint4 x{};
-      if (token < item.end_token) {
-        const int64_t offset = row_offset(params_, item, token, packed, params_.q_stride);
-        x = *reinterpret_cast<const uint4*>(params_.q + offset + (kFirst + chunk) * 16);
-      }
-      *reinterpret_cast<uint4*>(tile + chunk_offset(r, chunk, S::kAtomBytes)) = x;
-    }
-    fence_async_proxy();
-    sync_threads(1 + number_, kWarpgroup);
   }
 
   // Descriptors count in units of 16 bytes.
@@ -451,8 +472,8 @@ class Consumer {
   }
 
   // The state to the output or to scratch.
-  __device__ __forceinline__ void store(const Item& item, const int (&packed)[2],
-                                        const int (&token)[2]) {
+  __device__ __forceinline__ void store(const Work& work) {
+    const Item& item = work.item;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float total = total_[i];
@@ -461,32 +482,53 @@ class Consumer {
       // A sum that is NaN is no empty state: it must reach the output.
       const float factor = total == 0 ? 0 : params_.v_scale / total;
       const float lse = total == 0 ? -kInfinity : fmaf(peak_[i], params_.scale_log2, log2f(total));
-      if (token[i] >= item.end_token) continue;
-      const int head = query_head(params_, item, token[i], packed[i]);
-      char* row = params_.out + row_offset(params_, item, token[i], packed[i], params_.out_stride);
+      const int token = work.token[i], head = query_head(params_, item, token, work.packed[i]);
+      char* row = params_.out + row_offset(params_, item, token, work.packed[i], params_.out_stride);
       float* row_lse =
-          params_.lse + token[i] * params_.lse_stride.token + head * params_.lse_stride.head;
+          params_.lse + token * params_.lse_stride.token + head * params_.lse_stride.head;
       if (item.partial_row >= 0) {
         const int64_t state =
-            int64_t{item.partial_row + token[i] - item.first_token} * params_.num_qo_heads + head;
+            int64_t{item.partial_row + token - item.first_token} * params_.num_qo_heads + head;
         row = params_.partial_o + state * kHeadDim * 2;
         row_lse = params_.partial_lse + state;
       }
-      store_row(row, i, factor);
-      if (lane_ % 4 == 0) *row_lse = lse;
+      const bool live = token < item.end_token;
+      store_row(row, i, factor, live);
+      if (live && lane_ % 4 == 0) *row_lse = lse;
     }
   }
 
-  __device__ __forceinline__ void store_row(char* row, int i, float factor) {
+  // Four lanes hold a row, each two neighbours of every eight elements; they exchange them so that
+  // each stores 16 bytes at once.
+  __device__ __forceinline__ void store_row(char* row, int i, float factor, bool live) const {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int j = 0; j < kPartDim / 8; ++j) {
-        const float* x = &output_[part][4 * j + 2 * i];
-        const int column = part * kPartDim + j * 8 + lane_ % 4 * 2;
-        *reinterpret_cast<uint32_t*>(row + column * 2) = pack<T>(x[0] * factor, x[1] * factor);
+      for (int j = 0; j < kPartDim / 8; j += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const float* x = &output_[part][4 * (j + w) + 2 * i];
+          words[w] = pack<T>(x[0] * factor, x[1] * factor);
+        }
+        exchange<1>(words[0], words[1]);
+        exchange<1>(words[2], words[3]);
+        exchange<2>(words[0], words[2]);
+        exchange<2>(words[1], words[3]);
+        const int column = part * kPartDim + (j + lane_ % 4) * 8;
+        if (live) {
+          *reinterpret_cast<uint4*>(row + column * 2) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+        }
       }
     }
+  }
+  // A step of a transposition: `high` of the lane without the bit for `low` of the lane with it.
+  template <int kBit>
+  __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high) const {
+    const bool upper = lane_ & kBit;
+    const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, kBit);
+    (upper ? low : high) = other;
   }
 
   const Params& params_;

@@ -77,6 +77,11 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool l
                : "memory");
 }
 
+// Until all earlier copies of this thread are complete.
+__device__ __forceinline__ void wait_for_own_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // One arrival, of those that the barrier was initialised for, when all earlier copies of this
 // thread are complete.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
