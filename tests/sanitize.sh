@@ -38,8 +38,10 @@ failed=0
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in "${tools[@]}"; do
     start=$SECONDS
+    # A busy machine takes long to import torch, and the tool waits for the first use of CUDA.
     # shellcheck disable=SC2086
-    "$sanitizer" --tool "$tool" --target-processes application-only --error-exitcode 99 \
+    "$sanitizer" --tool "$tool" --target-processes application-only --launch-timeout 300 \
+        --error-exitcode 99 \
         --log-file "$logs/$tool.log" ${SANITIZER_OPTIONS:-} "${run[@]}" >"$logs/$tool.txt" 2>&1
     code=$?
     summary=$(grep -sE 'SUMMARY' "$logs/$tool.log" | tail -n 1)
