@@ -139,13 +139,10 @@ class Consumer {
   template <bool kFull>
   __device__ __forceinline__ void release(const Step& step, uint64_t (&barriers)[S::kStages]) {
     __syncwarp();
-    if (lane_ == 0) {
 #pragma unroll
-      for (int b = 0; b < kStepBlocks; ++b) {
-        if (b == 0 || kFull || b < step.count) {
-          barrier_arrive(&barriers[step.stage[b]], kFull ? 1 : arrivals_);
-        }
-      }
+    for (int b = 0; b < kStepBlocks; ++b) {
+      const bool mine = lane_ == 0 && (b == 0 || kFull || b < step.count);
+      barrier_arrive_if(mine, &barriers[step.stage[b]], kFull ? 1 : arrivals_);
     }
   }
   __device__ __forceinline__ void release_keys(const Step& step) {
@@ -233,9 +230,7 @@ class Consumer {
   enum Finding { kPresent, kNext, kKnown };
   template <Finding kFinding>
   __device__ __forceinline__ Step find_step() {
-    Step step;
-    step.count = 0;
-    step.gathered = 0;
+    Step step{};
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       if (b > 0 && (step.count < b || (flags_ & flag::kLast))) break;

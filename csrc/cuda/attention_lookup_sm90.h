@@ -125,7 +125,8 @@ class Cursor {
       // Tiles of one head run together and share its KV in the L2 cache.
       const int units_a_head = word(list_words_, list::kUnitsAHead);
       const int parts = word(list_words_, list::kParts);
-      next_head_ = next_item_ / units_a_head;
+      // Divisions take time, and a CTA's first item seldom needs one.
+      next_head_ = next_item_ < units_a_head ? 0 : next_item_ / units_a_head;
       int unit = next_item_ - next_head_ * units_a_head;
       if (parts > 1) {
         next_part_ = unit % parts;

@@ -29,6 +29,18 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, int count = 1)
                : "memory");
 }
 
+// The same by some threads only, without a branch that keeps other instructions on one side of it.
+__device__ __forceinline__ void barrier_arrive_if(bool mine, uint64_t* barrier, int count) {
+  asm volatile(
+      "{\n"
+      ".reg .pred mine;\n"
+      "setp.ne.b32 mine, %2, 0;\n"
+      "@mine mbarrier.arrive.shared::cta.b64 _, [%0], %1;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(count), "r"(static_cast<int>(mine))
+      : "memory");
+}
+
 // Returns when the phase of that parity is complete.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
