@@ -37,7 +37,7 @@ class Consumer {
     if (more) work = begin_work();
     while (more) {
       const bool is_pair = work.is_pair;
-      const int(&token)[2] = work.token;
+      const int (&token)[2] = work.token;
       arrivals_ = is_pair ? 1 : kConsumers;
       begin_item();
       // A pair item has much to compute: its consumers take turns on the matrix unit, which goes
@@ -170,9 +170,9 @@ class Consumer {
     // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const char* row = params_.q + lane_ % 4 * 4 +
-                        row_offset(params_, work.item, work.token[i], work.packed[i],
-                                   params_.q_stride);
+      const char* row =
+          params_.q + lane_ % 4 * 4 +
+          row_offset(params_, work.item, work.token[i], work.packed[i], params_.q_stride);
       const bool live = work.token[i] < work.item.end_token;
 #pragma unroll
       for (int j = 0; j < S::kQueryAtoms * 8; ++j) {
@@ -194,8 +194,7 @@ class Consumer {
       const int packed = first_packed + r;
       const int token = item.first_token + params_.group_size.divide(packed);
       const bool live = token < item.end_token;
-      const int64_t offset =
-          live ? row_offset(params_, item, token, packed, params_.q_stride) : 0;
+      const int64_t offset = live ? row_offset(params_, item, token, packed, params_.q_stride) : 0;
       copy_async(tile + chunk_offset(r, chunk, S::kAtomBytes),
                  params_.q + offset + (kFirst + chunk) * 16, live);
     }
@@ -445,7 +444,8 @@ class Consumer {
       }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) total_[i] = fmaf(total_[i], rescale[i], totals[i][0] + totals[i][1]);
+    for (int i = 0; i < 2; ++i)
+      total_[i] = fmaf(total_[i], rescale[i], totals[i][0] + totals[i][1]);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -478,7 +478,8 @@ class Consumer {
       const float factor = total == 0 ? 0 : params_.v_scale / total;
       const float lse = total == 0 ? -kInfinity : fmaf(peak_[i], params_.scale_log2, log2f(total));
       const int token = work.token[i], head = query_head(params_, item, token, work.packed[i]);
-      char* row = params_.out + row_offset(params_, item, token, work.packed[i], params_.out_stride);
+      char* row =
+          params_.out + row_offset(params_, item, token, work.packed[i], params_.out_stride);
       float* row_lse =
           params_.lse + token * params_.lse_stride.token + head * params_.lse_stride.head;
       if (item.partial_row >= 0) {
@@ -531,7 +532,7 @@ class Consumer {
   const int number_, warp_, lane_;
   const uint64_t q_tile_, k_tiles_, v_tiles_;  // descriptors
   RingPlace<S::kStages> stage_;
-  int step_ = 1;  // from one of its blocks to the next
+  int step_ = 1;      // from one of its blocks to the next
   int arrivals_ = 0;  // that a warp owes a stage
   int flags_ = 0;
   int gathered_ = 0;

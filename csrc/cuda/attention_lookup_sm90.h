@@ -105,8 +105,9 @@ class Cursor {
       if (token + turns * kColumns < its.kv_end) {
         prefetch_line(its.pages + params_.page_size.divide(max(token, 0) + turns * kColumns));
       }
-      column.seen_by = column.live ? make_int2(max(its.row_begin, token - its.diagonal), its.row_end)
-                                   : make_int2(0, 0);
+      column.seen_by = column.live
+                           ? make_int2(max(its.row_begin, token - its.diagonal), its.row_end)
+                           : make_int2(0, 0);
     }
     const int last = position_ + kColumns - 1 - its.walk;
     all_seen = all_seen && last < its.kv_end && its.row_begin <= first_token_ &&
@@ -135,7 +136,8 @@ class Cursor {
       if (lane_ < 16) next_words_ = params_.schedule[params_.matrix_at + unit * 16 + lane_];
     } else {
       // One token's heads lie side by side in memory and are read at about the same time.
-      const int item = next_item_ - word(list_words_, list::kMatrix), unit = params_.kv_heads.divide(item);
+      const int item = next_item_ - word(list_words_, list::kMatrix),
+                unit = params_.kv_heads.divide(item);
       next_head_ = item - unit * static_cast<int>(params_.kv_heads.divisor);
       if (lane_ < 8) next_words_ = params_.schedule[params_.stream_at + unit * 8 + lane_];
     }

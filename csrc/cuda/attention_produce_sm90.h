@@ -16,11 +16,7 @@ class Producer {
 
   __device__ __forceinline__ Producer(const Params& params, Shared<kHeadDim>& shared, int warp,
                                       int lane)
-      : params_(params),
-        shared_(shared),
-        rows_(shared.rows[warp]),
-        warp_(warp),
-        lane_(lane) {}
+      : params_(params), shared_(shared), rows_(shared.rows[warp]), warp_(warp), lane_(lane) {}
 
   __device__ __forceinline__ void run() {
     const bool marked = has_pairs(matrix_items(params_, params_.schedule));
@@ -34,8 +30,8 @@ class Producer {
       const int turns = S::kProducerWarps / step, its_turn = warp_ / step;
       Cursor cursor(params_, pairs, list_words(pairs), lane_);
       int turn = 0;
-      // A list's places are freed in order, but for the mark, which both consumers read: a warp that
-      // went on could take the state of a barrier two rounds ago for the last one's.
+      // A list's places are freed in order, but for the mark, which both consumers read: a warp
+      // that went on could take the state of a barrier two rounds ago for the last one's.
       bool wait = marked && !pairs && mark_.index % kConsumers == consumer;
       for (;;) {
         const bool mine = turn == its_turn;
@@ -71,9 +67,12 @@ class Producer {
     const int num_matrix = pairs == matrix.are_pairs ? matrix.count : 0;
     const int num_stream =
         pairs ? 0 : header.num_stream_units * static_cast<int>(params_.kv_heads.divisor);
-    const int32_t words[] = {first,      pairs ? grid : kConsumers * grid,
-                             num_matrix + num_stream, num_matrix,
-                             matrix.units, matrix.parts};
+    const int32_t words[] = {first,
+                             pairs ? grid : kConsumers * grid,
+                             num_matrix + num_stream,
+                             num_matrix,
+                             matrix.units,
+                             matrix.parts};
     int32_t word = 0;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(words) / sizeof(int32_t)); ++i) {
@@ -96,8 +95,8 @@ class Producer {
       const int first_slot = __shfl_sync(~0u, column.slot, lane_ & kRun);
       live[c] = __ballot_sync(~0u, column.live);
       const uint32_t neighbours =
-          live[c] & __ballot_sync(~0u, page[c] == first_page &&
-                                           column.slot == first_slot + lane_ % kRun);
+          live[c] &
+          __ballot_sync(~0u, page[c] == first_page && column.slot == first_slot + lane_ % kRun);
       if ((neighbours & 0xFFFF) == 0xFFFF) bulk |= 1 << 2 * c;
       if (neighbours >> 16 == 0xFFFF) bulk |= 2 << 2 * c;
     }

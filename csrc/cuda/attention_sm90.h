@@ -163,8 +163,7 @@ struct MatrixItems {
   int32_t units;  // of a KV head, times parts
   int32_t count;
 };
-__device__ __forceinline__ MatrixItems matrix_items(const Params& params,
-                                                    const int32_t* schedule) {
+__device__ __forceinline__ MatrixItems matrix_items(const Params& params, const int32_t* schedule) {
   const auto& header = *reinterpret_cast<const gpu::Header*>(schedule);
   const int tile_rows = header.tile_tokens * static_cast<int>(params.group_size.divisor);
   const bool are_pairs = tile_rows > kRows;
