@@ -5,14 +5,12 @@
 // with the online softmax of FlashAttention-2 (arXiv:2307.08691). A step takes two blocks where the
 // item has as many left: what a step costs besides its products is then spent on 128 columns. While
 // one consumer computes weights, the other one has the matrix unit.
-// A thread holds rows r and r + 8 of its warp's 16, and of each 8 columns two neighbours.
 #pragma once
 
-#include "cuda/attention_sm90.h"
+#include "cuda/attention_softmax_sm90.h"
+#include "cuda/attention_store_sm90.h"
 
 namespace flashinfer_ops::sm90 {
-
-constexpr float kInfinity = __builtin_huge_valf();
 
 template <class T, int kHeadDim>
 class Consumer {
@@ -82,7 +80,7 @@ class Consumer {
       const Work done = work;
       // The next queries are on their way while this output is stored.
       if (more) work = begin_work();
-      store(done);
+      store_state<T, kHeadDim>(params_, done, output_, sums_, lane_);
     }
   }
 
@@ -91,13 +89,6 @@ class Consumer {
   // The matrix unit takes up to 128 columns of the output at once here.
   static constexpr int kPartDim = kHeadDim < 128 ? kHeadDim : 128;
   static constexpr int kParts = kHeadDim / kPartDim;
-
-  // An item, and the thread's two rows of it.
-  struct Work {
-    Item item;
-    bool is_pair;
-    int token[2], packed[2];
-  };
 
   // One or two blocks of an item, and where they are.
   struct Step {
@@ -208,11 +199,7 @@ class Consumer {
     }
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) output_[j / (kPartDim / 2)][j % (kPartDim / 2)] = 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      peak_[i] = -kInfinity;
-      total_[i] = 0;
-    }
+    sums_ = {};
   }
 
   // Descriptors count in units of 16 bytes.
@@ -369,162 +356,13 @@ class Consumer {
   // Scores to weights, of as many blocks as the step has.
   template <int kBlocks>
   __device__ __forceinline__ void weigh(const Step& step, const int (&token)[2]) {
-    mask<kBlocks>(step, token);
-    softmax<kBlocks>();
-  }
-
-  // -inf where a row does not see a column.
-  template <int kBlocks>
-  __device__ __forceinline__ void mask(const Step& step, const int (&token)[2]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       if (step.masked[b]) {
-        const int2* seen_by = shared_.entries[step.stage[b]].seen_by;
-#pragma unroll
-        for (int j = 0; j < kColumns / 8; ++j) {
-          const int4 pair = *reinterpret_cast<const int4*>(seen_by + 8 * j + 2 * (lane_ % 4));
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float* x = &scores_[b][4 * j + 2 * i];
-            if (token[i] < pair.x || token[i] >= pair.y) x[0] = -kInfinity;
-            if (token[i] < pair.z || token[i] >= pair.w) x[1] = -kInfinity;
-          }
-        }
+        mask_block(scores_[b], shared_.entries[step.stage[b]].seen_by, token, lane_);
       }
     }
-  }
-
-  // Scores to weights; the running maximum and sum; what was summed before, relative to the new
-  // maximum.
-  template <int kBlocks>
-  __device__ __forceinline__ void softmax() {
-    constexpr int kPairs = kBlocks * kColumns / 8;  // of neighbouring columns, in each row
-    const auto pair = [&](int i, int j) {
-      return &scores_[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
-    };
-    const float scale = params_.scale_log2;
-    float rescale[2], base[2];
-    // Several maxima and sums at a time: one operation need not wait for the last.
-    float peaks[2][2] = {{peak_[0], peak_[0]}, {peak_[1], peak_[1]}};
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float* x = pair(i, j);
-        peaks[i][j % 2] = fmaxf(peaks[i][j % 2], fmaxf(x[0], x[1]));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) peaks[i][0] = fmaxf(peaks[i][0], peaks[i][1]);
-#pragma unroll
-    for (int delta = 1; delta <= 2; delta *= 2) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        peaks[i][0] = fmaxf(peaks[i][0], __shfl_xor_sync(~0u, peaks[i][0], delta));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // A row that has seen nothing yet has weights 2^(-inf - 0) = 0.
-      base[i] = peaks[i][0] == -kInfinity ? 0 : peaks[i][0] * scale;
-      rescale[i] = exp2_fast(fmaf(peak_[i], scale, -base[i]));
-      peak_[i] = peaks[i][0];
-    }
-    float totals[2][2] = {};
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float* x = pair(i, j);
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          x[c] = exp2_fast(fmaf(x[c], scale, -base[i]));
-          totals[i][c] += x[c];
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      total_[i] = fmaf(total_[i], rescale[i], totals[i][0] + totals[i][1]);
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-      for (int k = 0; k < kColumns / 16; ++k) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* x = &scores_[b][8 * k + 2 * i];
-          weights_[b][k][i] = pack<T>(x[0], x[1]);
-        }
-      }
-    }
-    // Most steps leave the maxima of all of a warp's rows as they are.
-    if (__all_sync(~0u, rescale[0] == 1 && rescale[1] == 1)) return;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int j = 0; j < kPartDim / 2; ++j) output_[part][j] *= rescale[(j / 2) % 2];
-    }
-  }
-
-  // The state to the output or to scratch.
-  __device__ __forceinline__ void store(const Work& work) {
-    const Item& item = work.item;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float total = total_[i];
-      total += __shfl_xor_sync(~0u, total, 1);
-      total += __shfl_xor_sync(~0u, total, 2);
-      // A sum that is NaN is no empty state: it must reach the output.
-      const float factor = total == 0 ? 0 : params_.v_scale / total;
-      const float lse = total == 0 ? -kInfinity : fmaf(peak_[i], params_.scale_log2, log2f(total));
-      const int token = work.token[i], head = query_head(params_, item, token, work.packed[i]);
-      char* row =
-          params_.out + row_offset(params_, item, token, work.packed[i], params_.out_stride);
-      float* row_lse =
-          params_.lse + token * params_.lse_stride.token + head * params_.lse_stride.head;
-      if (item.partial_row >= 0) {
-        const int64_t state =
-            int64_t{item.partial_row + token - item.first_token} * params_.num_qo_heads + head;
-        row = params_.partial_o + state * kHeadDim * 2;
-        row_lse = params_.partial_lse + state;
-      }
-      const bool live = token < item.end_token;
-      store_row(row, i, factor, live);
-      if (live && lane_ % 4 == 0) *row_lse = lse;
-    }
-  }
-
-  // Four lanes hold a row, each two neighbours of every eight elements; they exchange them so that
-  // each stores 16 bytes at once.
-  __device__ __forceinline__ void store_row(char* row, int i, float factor, bool live) const {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int j = 0; j < kPartDim / 8; j += 4) {
-        uint32_t words[4];
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const float* x = &output_[part][4 * (j + w) + 2 * i];
-          words[w] = pack<T>(x[0] * factor, x[1] * factor);
-        }
-        exchange<1>(words[0], words[1]);
-        exchange<1>(words[2], words[3]);
-        exchange<2>(words[0], words[2]);
-        exchange<2>(words[1], words[3]);
-        const int column = part * kPartDim + (j + lane_ % 4) * 8;
-        if (live) {
-          *reinterpret_cast<uint4*>(row + column * 2) =
-              make_uint4(words[0], words[1], words[2], words[3]);
-        }
-      }
-    }
-  }
-  // A step of a transposition: `high` of the lane without the bit for `low` of the lane with it.
-  template <int kBit>
-  __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high) const {
-    const bool upper = lane_ & kBit;
-    const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, kBit);
-    (upper ? low : high) = other;
+    softmax<T, kBlocks>(scores_, weights_, output_, sums_, params_.scale_log2);
   }
 
   const Params& params_;
@@ -540,7 +378,7 @@ class Consumer {
   uint32_t weights_[kStepBlocks][kColumns / 16][4];
   float scores_[kStepBlocks][kColumns / 2];
   float output_[kParts][kPartDim / 2];
-  float peak_[2], total_[2];
+  RowSums sums_;
 };
 
 }  // namespace flashinfer_ops::sm90

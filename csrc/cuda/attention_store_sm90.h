@@ -1,0 +1,79 @@
+// What a consumer has summed, to the output or to scratch.
+#pragma once
+
+#include "cuda/attention_softmax_sm90.h"
+
+namespace flashinfer_ops::sm90 {
+
+// An item, and the thread's two rows of it.
+struct Work {
+  Item item;
+  bool is_pair;
+  int token[2], packed[2];
+};
+
+// A step of a transposition: `high` of the lane without the bit for `low` of the lane with it.
+template <int kBit>
+__device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int lane) {
+  const bool upper = lane & kBit;
+  const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, kBit);
+  (upper ? low : high) = other;
+}
+
+// Row i of the thread's two. Four lanes hold a row, each two neighbours of every eight elements;
+// they exchange them so that each stores 16 bytes at once.
+template <class T, int kParts, int kPart>
+__device__ __forceinline__ void store_row(char* row, const float (&output)[kParts][kPart], int i,
+                                          float factor, bool live, int lane) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int j = 0; j < kPart / 4; j += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float* x = &output[part][4 * (j + w) + 2 * i];
+        words[w] = pack<T>(x[0] * factor, x[1] * factor);
+      }
+      exchange<1>(words[0], words[1], lane);
+      exchange<1>(words[2], words[3], lane);
+      exchange<2>(words[0], words[2], lane);
+      exchange<2>(words[1], words[3], lane);
+      const int column = part * kPart * 2 + (j + lane % 4) * 8;
+      if (live) {
+        *reinterpret_cast<uint4*>(row + column * 2) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+}
+
+template <class T, int kHeadDim, int kParts, int kPart>
+__device__ __forceinline__ void store_state(const Params& params, const Work& work,
+                                            const float (&output)[kParts][kPart],
+                                            const RowSums& sums, int lane) {
+  const Item& item = work.item;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float total = sums.total[i];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    // A sum that is NaN is no empty state: it must reach the output.
+    const float factor = total == 0 ? 0 : params.v_scale / total;
+    const float lse = total == 0 ? -kInfinity : fmaf(sums.peak[i], params.scale_log2, log2f(total));
+    const int token = work.token[i], head = query_head(params, item, token, work.packed[i]);
+    char* row = params.out + row_offset(params, item, token, work.packed[i], params.out_stride);
+    float* row_lse = params.lse + token * params.lse_stride.token + head * params.lse_stride.head;
+    if (item.partial_row >= 0) {
+      const int64_t state =
+          int64_t{item.partial_row + token - item.first_token} * params.num_qo_heads + head;
+      row = params.partial_o + state * kHeadDim * 2;
+      row_lse = params.partial_lse + state;
+    }
+    const bool live = token < item.end_token;
+    store_row<T>(row, output, i, factor, live, lane);
+    if (live && lane % 4 == 0) *row_lse = lse;
+  }
+}
+
+}  // namespace flashinfer_ops::sm90
