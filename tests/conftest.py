@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,16 @@ settings.register_profile("fixed", deadline=None, derandomize=True, max_examples
 settings.load_profile("fixed")
 
 
+def share_processors() -> None:
+    """Where pytest-xdist runs several workers, each takes its share of the processors."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    share_processors()
     config.addinivalue_line(
         "markers", "sanitize: short cases to run under compute-sanitizer (see tests/sanitize.sh)"
     )
