@@ -30,24 +30,21 @@ class Producer {
       const int turns = S::kProducerWarps / step, its_turn = warp_ / step;
       Cursor cursor(params_, pairs, list_words(pairs), lane_);
       int turn = 0;
-      // A list's places are freed in order, but for the mark, which both consumers read: a warp
-      // that went on could take the state of a barrier two rounds ago for the last one's.
-      bool wait = marked && !pairs && mark_.index % kConsumers == consumer;
+      // One consumer frees a list's own places, in order, but both free those up to the mark. A
+      // warp that went on before these are free could take the state of a barrier two rounds ago
+      // for the last one's.
+      if (marked && !pairs) barrier_wait(&shared_.k_empty[common_.index], common_.parity);
       for (;;) {
         const bool mine = turn == its_turn;
         Block block;
         if (!cursor.next_block(mine, turns, block)) break;
-        if (mine) {
-          if (wait) wait_for_mark();
-          wait = false;
-          publish(block);
-        }
+        if (mine) publish(block);
         if (++turn == turns) turn = 0;
         stage_.advance(step);
       }
       if (turn == its_turn) mark(pairs ? flag::kSolo : flag::kStop);
       if (pairs) {
-        mark_ = stage_;
+        common_ = stage_.own_or_before(consumer);
         stage_.advance();
         stage_.align(consumer);
       }
@@ -171,12 +168,6 @@ class Producer {
     }
   }
 
-  // Until both consumers have read the mark between pair items and their own.
-  __device__ __forceinline__ void wait_for_mark() {
-    barrier_wait(&shared_.k_empty[mark_.index], mark_.parity);
-    barrier_wait(&shared_.v_empty[mark_.index], mark_.parity);
-  }
-
   __device__ __forceinline__ void store_rows(const Block& block,
                                              const uint32_t (&page)[kLaneColumns]) {
     __syncwarp();
@@ -221,7 +212,8 @@ class Producer {
   Shared<kHeadDim>& shared_;
   Rows& rows_;
   const int warp_, lane_;
-  RingPlace<S::kStages> stage_, mark_;
+  RingPlace<S::kStages> stage_;
+  RingPlace<S::kStages> common_;  // the list's last place that both consumers free
 };
 
 }  // namespace flashinfer_ops::sm90

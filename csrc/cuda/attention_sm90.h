@@ -144,6 +144,12 @@ struct RingPlace {
       parity ^= 1;
     }
   }
+  // This place if it is a consumer's own, else the one before it; before the first place comes one
+  // whose barriers count as passed.
+  __device__ __forceinline__ RingPlace own_or_before(int consumer) const {
+    const int at = index % kConsumers == consumer ? index : index - 1;
+    return {at < 0 ? kSize - 1 : at, at < 0 ? parity ^ 1 : parity};
+  }
   // On to the next place that is a consumer's own.
   __device__ __forceinline__ void align(int consumer) {
     static_assert(kSize % kConsumers == 0);
