@@ -19,7 +19,7 @@ class Producer {
       : params_(params), shared_(shared), rows_(shared.rows[warp]), warp_(warp), lane_(lane) {}
 
   __device__ __forceinline__ void run() {
-    const bool marked = has_pairs(matrix_items(params_, params_.schedule));
+    const bool marked = has_pairs(matrix_items(params_));
     const int consumer = warp_ % kConsumers;
     if (!marked) stage_.align(consumer);
 #pragma unroll 1
@@ -54,9 +54,8 @@ class Producer {
  private:
   // The lane's word of the list of pair items, or of the consumer's own items.
   __device__ __forceinline__ int32_t list_words(bool pairs) const {
-    const int32_t* schedule = params_.schedule;
-    const MatrixItems matrix = matrix_items(params_, schedule);
-    const auto& header = *reinterpret_cast<const gpu::Header*>(schedule);
+    const MatrixItems matrix = matrix_items(params_);
+    const auto& header = *reinterpret_cast<const gpu::Header*>(params_.schedule);
     const int cta = blockIdx.x, grid = gridDim.x, consumer = warp_ % kConsumers;
     // Solo items begin with the CTAs that have a pair item less.
     const int turn = cta - (matrix.are_pairs ? matrix.count % grid : 0);

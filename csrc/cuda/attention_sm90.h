@@ -87,10 +87,9 @@ constexpr int kStop = 16;   // no block: there is no other
 // One block of columns, as consumers must know it.
 struct alignas(16) Entry {
   int2 seen_by[kColumns];  // query tokens [x, y)
-  // 16 bytes that are read together.
+  // 8 bytes that are read together.
   int32_t flags;
   int32_t gathered;  // whether threads copied some of the block
-  int32_t reserved[2];
   Item item;
 };
 
@@ -169,8 +168,8 @@ struct MatrixItems {
   int32_t units;  // of a KV head, times parts
   int32_t count;
 };
-__device__ __forceinline__ MatrixItems matrix_items(const Params& params, const int32_t* schedule) {
-  const auto& header = *reinterpret_cast<const gpu::Header*>(schedule);
+__device__ __forceinline__ MatrixItems matrix_items(const Params& params) {
+  const auto& header = *reinterpret_cast<const gpu::Header*>(params.schedule);
   const int tile_rows = header.tile_tokens * static_cast<int>(params.group_size.divisor);
   const bool are_pairs = tile_rows > kRows;
   const int parts = are_pairs ? (tile_rows + 2 * kRows - 1) / (2 * kRows) : 1;
