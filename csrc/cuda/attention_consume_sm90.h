@@ -47,27 +47,24 @@ class Consumer {
         Step step = find_step<kPresent>();
         show(step, step);
         if (is_pair) wait_for_turn();
-        multiply<0>(step, step, is_pair, ready);
-        release_keys(step);
+        multiply<0>(step, step, token, is_pair, ready);
         while (is_pair && !step.last) {
           Step next;
           if (ready) next = find_step<kKnown>();
-          weigh<kStepBlocks>(step, token);
           if (!ready) {
             wait_for_values(step);
             next = find_step<kNext>();
           }
           show(step, next);
           wait_for_turn();
-          multiply<kStepBlocks>(step, next, is_pair, ready);
+          multiply<kStepBlocks>(step, next, token, is_pair, ready);
           release_values<true>(step);
-          release_keys(next);
           step = next;
         }
         if (kStepBlocks == 1 || step.count == 1) {
-          finish<1>(step, token, is_pair);
+          finish<1>(step, is_pair);
         } else {
-          finish<kStepBlocks>(step, token, is_pair);
+          finish<kStepBlocks>(step, is_pair);
         }
         release_values(step);
         last = step.last;
@@ -264,37 +261,58 @@ class Consumer {
     if (step.gathered || next.gathered) fence_async_proxy();
   }
 
-  // Starts the products of a step's weights and values and then the next one's scores. The matrix
-  // unit goes through them without a gap only if nothing but products stands between the two.
+  // Starts the products of the next step's scores and then those of a step's weights and values. The
+  // next weights are computed as soon as the scores are there, beside the other products.
   template <int kBlocks>
-  __device__ __forceinline__ void multiply(const Step& step, const Step& next, bool is_pair,
-                                           bool& ready) {
+  __device__ __forceinline__ void multiply(const Step& step, const Step& next,
+                                           const int (&token)[2], bool is_pair, bool& ready) {
     if (kStepBlocks == 1 || next.count == 1) {
-      multiply_blocks<kBlocks, 1>(step, next, is_pair, ready);
+      multiply_blocks<kBlocks, 1>(step, next, token, is_pair, ready);
     } else {
-      multiply_blocks<kBlocks, kStepBlocks>(step, next, is_pair, ready);
+      multiply_blocks<kBlocks, kStepBlocks>(step, next, token, is_pair, ready);
     }
   }
 
   template <int kBlocks, int kNextBlocks>
-  __device__ __forceinline__ void multiply_blocks(const Step& step, const Step& next, bool is_pair,
+  __device__ __forceinline__ void multiply_blocks(const Step& step, const Step& next,
+                                                  const int (&token)[2], bool is_pair,
                                                   bool& ready) {
     pin_scores();
     pin_output();
     wgmma_fence();
-    start_values<kBlocks>(step);
     start_scores<kNextBlocks>(next);
+    start_values<kBlocks>(step);
     if (is_pair) pass_turn();
     if (kNextBlocks == kStepBlocks) ready = look_ahead(next);
+    wgmma_wait<(kBlocks > 0)>();
+    pin_scores();
+    release_keys(next);
+    mask<kNextBlocks>(next, token);
+    const float2 rescale = exponentiate<kNextBlocks>(scores_, sums_, params_.scale_log2);
+    // Most steps leave the maxima of all of a warp's rows as they are. The sums are asked for so that
+    // the compiler cannot put the wait before the weights: it moves nothing across the branch.
+    const bool same = rescale.x == 1 && rescale.y == 1 && sums_.total[0] == sums_.total[0] &&
+                      sums_.total[1] == sums_.total[1];
+    if (!__all_sync(~0u, same)) {
+      wgmma_wait<0>();
+      pin_output();
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int j = 0; j < kPartDim / 2; ++j) {
+          output_[part][j] *= j / 2 % 2 ? rescale.y : rescale.x;
+        }
+      }
+    }
     wgmma_wait<0>();
     pin_scores();
     pin_output();
+    pack_weights<T, kNextBlocks>(scores_, weights_);
   }
 
   // The item's last step.
   template <int kBlocks>
-  __device__ __forceinline__ void finish(const Step& step, const int (&token)[2], bool is_pair) {
-    weigh<kBlocks>(step, token);
+  __device__ __forceinline__ void finish(const Step& step, bool is_pair) {
     wait_for_values(step);
     show(step, step);
     if (is_pair) wait_for_turn();
@@ -353,16 +371,14 @@ class Consumer {
     for (int part = 0; part < kParts; ++part) pin(output_[part]);
   }
 
-  // Scores to weights, of as many blocks as the step has.
   template <int kBlocks>
-  __device__ __forceinline__ void weigh(const Step& step, const int (&token)[2]) {
+  __device__ __forceinline__ void mask(const Step& step, const int (&token)[2]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       if (step.masked[b]) {
         mask_block(scores_[b], shared_.entries[step.stage[b]].seen_by, token, lane_);
       }
     }
-    softmax<T, kBlocks>(scores_, weights_, output_, sums_, params_.scale_log2);
   }
 
   const Params& params_;

@@ -12,6 +12,7 @@
 // serve (other dtypes, head dims, alignments, devices) goes to the portable operator.
 #include <cudaTypedefs.h>
 
+#include <algorithm>
 #include <atomic>
 #include <utility>
 
@@ -66,13 +67,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // A launch that may begin before the kernels ahead of it end: it waits for them itself.
 template <class Kernel>
-void launch(Kernel kernel, int grid, int threads, int shared_bytes, cudaStream_t stream,
+void launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
             const Params& params) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
+  config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
@@ -81,26 +82,32 @@ void launch(Kernel kernel, int grid, int threads, int shared_bytes, cudaStream_t
   check_cuda(cudaLaunchKernelEx(&config, kernel, params), "cascade_attention");
 }
 
+constexpr int kMergeCtas = 64;  // an SM, at most
+
 template <class T, int kHeadDim>
 constexpr int kSharedBytes = sizeof(Shared<kHeadDim>) + 1024;
 
 template <class T, int kHeadDim>
 void run(const Params& params, int sms, cudaStream_t stream) {
   static_assert(kSharedBytes<T, kHeadDim> <= 227 * 1024);
-  launch(attention_kernel<T, kHeadDim>, sms, kThreads, kSharedBytes<T, kHeadDim>, stream, params);
-  const int64_t rows = int64_t{params.num_rows} * params.num_qo_heads;
-  const auto merge = [&](auto kernel, int warps_a_row) {
-    const int64_t rows_at_once = kMergeThreads / 32 / warps_a_row;
-    const int64_t ctas = std::min((rows + rows_at_once - 1) / rows_at_once, int64_t{sms} * 8);
-    launch(kernel, static_cast<int>(ctas), kMergeThreads, 0, stream, params);
+  launch(attention_kernel<T, kHeadDim>, dim3(sms), kThreads, kSharedBytes<T, kHeadDim>, stream, params);
+  const auto merge = [&](auto shape) {
+    using M = decltype(shape);
+    const int y = (params.num_qo_heads + M::kHeadsAtOnce - 1) / M::kHeadsAtOnce;
+    const int x = std::clamp(sms * kMergeCtas / y, 1, params.num_rows);
+    launch(merge_kernel<T, kHeadDim, M>, dim3(x, y), M::kThreads, 0, stream, params);
   };
-  // Few rows leave most of the GPU to the states of each.
+  // The bounds are the fastest of some tried. A warp has no room for the states of several large heads.
+  constexpr int kHeads = kHeadDim <= 128 ? 4 : 1;
+  const int64_t rows = int64_t{params.num_rows} * params.num_qo_heads;
   if (rows <= sms * 4) {
-    merge(merge_kernel<T, kHeadDim, 8>, 8);
-  } else if (rows <= sms * 16) {
-    merge(merge_kernel<T, kHeadDim, 4>, 4);
+    merge(MergeShape<8, 1, 8>{});
+  } else if (rows <= sms * 12) {
+    merge(MergeShape<4, 1, 4>{});
+  } else if (rows <= sms * 32) {
+    merge(MergeShape<1, 1, 2>{});
   } else {
-    merge(merge_kernel<T, kHeadDim, 1>, 1);
+    merge(MergeShape<1, kHeads, 2>{});
   }
 }
 

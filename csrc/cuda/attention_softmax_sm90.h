@@ -32,13 +32,11 @@ __device__ __forceinline__ void mask_block(float (&scores)[kColumns / 2], const 
   }
 }
 
-// The scores of kBlocks blocks to weights 2^(score scale - m), packed as the matrix unit takes
-// them; what was summed before becomes relative to the new maximum.
-template <class T, int kBlocks, int kMost, int kParts, int kPart>
-__device__ __forceinline__ void softmax(float (&scores)[kMost][kColumns / 2],
-                                        uint32_t (&weights)[kMost][kColumns / 16][4],
-                                        float (&output)[kParts][kPart], RowSums& sums,
-                                        float scale) {
+// The scores of kBlocks blocks to weights 2^(score scale - m), in place; what was summed before must
+// become relative to the new maximum, by the factors that are returned.
+template <int kBlocks, int kMost>
+__device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns / 2], RowSums& sums,
+                                               float scale) {
   constexpr int kPairs = kBlocks * kColumns / 8;  // of neighbouring columns, in each row
   const auto pair = [&](int i, int j) {
     return &scores[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
@@ -88,6 +86,13 @@ __device__ __forceinline__ void softmax(float (&scores)[kMost][kColumns / 2],
   for (int i = 0; i < 2; ++i) {
     sums.total[i] = fmaf(sums.total[i], rescale[i], totals[i][0] + totals[i][1]);
   }
+  return make_float2(rescale[0], rescale[1]);
+}
+
+// Weights, packed as the matrix unit takes them.
+template <class T, int kBlocks, int kMost>
+__device__ __forceinline__ void pack_weights(const float (&scores)[kMost][kColumns / 2],
+                                             uint32_t (&weights)[kMost][kColumns / 16][4]) {
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -98,13 +103,6 @@ __device__ __forceinline__ void softmax(float (&scores)[kMost][kColumns / 2],
         weights[b][k][i] = pack<T>(x[0], x[1]);
       }
     }
-  }
-  // Most steps leave the maxima of all of a warp's rows as they are.
-  if (__all_sync(~0u, rescale[0] == 1 && rescale[1] == 1)) return;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-    for (int j = 0; j < kPart; ++j) output[part][j] *= rescale[(j / 2) % 2];
   }
 }
 
