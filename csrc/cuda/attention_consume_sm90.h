@@ -283,7 +283,7 @@ class Consumer {
     start_scores<kNextBlocks>(next);
     start_values<kBlocks>(step);
     if (is_pair) pass_turn();
-    if (kNextBlocks == kStepBlocks) ready = look_ahead(next);
+    if (kNextBlocks == kStepBlocks && is_pair) ready = look_ahead(next);
     wgmma_wait<(kBlocks > 0)>();
     pin_scores();
     release_keys(next);
