@@ -29,7 +29,7 @@ class Consumer {
         v_tiles_(tile_descriptor(shared_address(shared.v), S::kAtomBytes)) {}
 
   __device__ __forceinline__ void run() {
-    if (!has_pairs(matrix_items(params_))) go_alone();
+    if (!has_pairs(count_items(params_))) go_alone();
     bool more = find_block();
     Work work;
     if (more) work = begin_work();

@@ -126,9 +126,13 @@ class Cursor {
       // Tiles of one head run together and share its KV in the L2 cache.
       const int units_a_head = word(list_words_, list::kUnitsAHead);
       const int parts = word(list_words_, list::kParts);
-      // Divisions take time, and a CTA's first item seldom needs one.
-      next_head_ = next_item_ < units_a_head ? 0 : next_item_ / units_a_head;
+      // The quotient is small, so that its float is off by one at most; a division takes longer.
+      const float head = __fdividef(static_cast<float>(next_item_), units_a_head);
+      next_head_ = word(static_cast<int>(head), 0);  // which tells the compiler that lanes agree
       int unit = next_item_ - next_head_ * units_a_head;
+      const int off = unit < 0 ? -1 : unit >= units_a_head;
+      next_head_ += off;
+      unit -= off * units_a_head;
       if (parts > 1) {
         next_part_ = unit % parts;
         unit /= parts;

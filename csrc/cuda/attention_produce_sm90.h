@@ -19,7 +19,7 @@ class Producer {
       : params_(params), shared_(shared), rows_(shared.rows[warp]), warp_(warp), lane_(lane) {}
 
   __device__ __forceinline__ void run() {
-    const bool marked = has_pairs(matrix_items(params_));
+    const bool marked = has_pairs(count_items(params_));
     const int consumer = warp_ % kConsumers;
     if (!marked) stage_.align(consumer);
 #pragma unroll 1
@@ -27,7 +27,8 @@ class Producer {
       const bool pairs = kind == 0;
       // A warp's turn among those that share the list, and from one of its places to the next.
       const int step = pairs ? 1 : kConsumers;
-      const int turns = S::kProducerWarps / step, its_turn = warp_ / step;
+      static_assert(kConsumers == 2);
+      const int turns = S::kProducerWarps >> kind, its_turn = warp_ >> kind;
       Cursor cursor(params_, pairs, list_words(pairs), lane_);
       int turn = 0;
       // One consumer frees a list's own places, in order, but both free those up to the mark. A
@@ -54,21 +55,19 @@ class Producer {
  private:
   // The lane's word of the list of pair items, or of the consumer's own items.
   __device__ __forceinline__ int32_t list_words(bool pairs) const {
-    const MatrixItems matrix = matrix_items(params_);
-    const auto& header = *reinterpret_cast<const gpu::Header*>(params_.schedule);
-    const int cta = blockIdx.x, grid = gridDim.x, consumer = warp_ % kConsumers;
+    const Items items = count_items(params_);
+    const int cta = blockIdx.x, grid = params_.ctas.divisor, consumer = warp_ % kConsumers;
     // Solo items begin with the CTAs that have a pair item less.
-    const int turn = cta - (matrix.are_pairs ? matrix.count % grid : 0);
+    const int num_pairs = items.are_pairs ? items.num_matrix : 0;
+    const int turn = cta - (num_pairs - static_cast<int>(params_.ctas.divide(num_pairs)) * grid);
     const int first = pairs ? cta : (turn < 0 ? turn + grid : turn) + consumer * grid;
-    const int num_matrix = pairs == matrix.are_pairs ? matrix.count : 0;
-    const int num_stream =
-        pairs ? 0 : header.num_stream_units * static_cast<int>(params_.kv_heads.divisor);
+    const int num_matrix = pairs == items.are_pairs ? items.num_matrix : 0;
     const int32_t words[] = {first,
                              pairs ? grid : kConsumers * grid,
-                             num_matrix + num_stream,
+                             num_matrix + (pairs ? 0 : items.num_stream),
                              num_matrix,
-                             matrix.units,
-                             matrix.parts};
+                             items.matrix_units,
+                             items.parts};
     int32_t word = 0;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(words) / sizeof(int32_t)); ++i) {

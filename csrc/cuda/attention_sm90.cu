@@ -302,6 +302,7 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   params.group_size = Divisor(static_cast<uint32_t>(num_qo_heads / num_kv_heads));
   params.page_size = Divisor(static_cast<uint32_t>(page_size));
   params.kv_heads = Divisor(static_cast<uint32_t>(num_kv_heads));
+  params.ctas = Divisor(static_cast<uint32_t>(sms));
   params.matrix_at = static_cast<int32_t>(layout.matrix_at);
   params.stream_at = static_cast<int32_t>(layout.stream_at);
   params.segment_at = static_cast<int32_t>(layout.segment_at);

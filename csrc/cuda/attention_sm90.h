@@ -62,6 +62,7 @@ struct Params {
   Divisor group_size{1};
   Divisor page_size{1};
   Divisor kv_heads{1};
+  Divisor ctas{1};
   int32_t matrix_at, stream_at, segment_at, tile_at, own_at;  // in words of the schedule
   float scale_log2;                                           // sm_scale * log2(e), above 0
   float v_scale;
@@ -161,24 +162,28 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk, int atom_by
   return (chunk >> 3) * atom_bytes + row * 128 + (((chunk ^ row) & 7) << 4);
 }
 
-// The matrix units' items: pair items where a tile has more rows than a consumer.
-struct MatrixItems {
+// How many items there are; the matrix units' are pair items where a tile has more rows than a
+// consumer.
+struct Items {
   bool are_pairs;
-  int32_t parts;  // of a unit, each of up to 2 * kRows packed rows
-  int32_t units;  // of a KV head, times parts
-  int32_t count;
+  int32_t parts;         // of a matrix unit, each of up to 2 * kRows packed rows
+  int32_t matrix_units;  // of a KV head, times parts
+  int32_t num_matrix;
+  int32_t num_stream;
 };
-__device__ __forceinline__ MatrixItems matrix_items(const Params& params) {
+__device__ __forceinline__ Items count_items(const Params& params) {
   const auto& header = *reinterpret_cast<const gpu::Header*>(params.schedule);
-  const int tile_rows = header.tile_tokens * static_cast<int>(params.group_size.divisor);
+  const int tile_tokens = header.tile_tokens, stream_units = header.num_stream_units;
+  const int tile_rows = tile_tokens * static_cast<int>(params.group_size.divisor);
+  const int heads = params.kv_heads.divisor;
   const bool are_pairs = tile_rows > kRows;
   const int parts = are_pairs ? (tile_rows + 2 * kRows - 1) / (2 * kRows) : 1;
   const int units = header.num_matrix_units * parts;
-  return {are_pairs, parts, units, units * static_cast<int>(params.kv_heads.divisor)};
+  return {are_pairs, parts, units, units * heads, stream_units * heads};
 }
 // Of the CTA.
-__device__ __forceinline__ bool has_pairs(const MatrixItems& items) {
-  return items.are_pairs && static_cast<int>(blockIdx.x) < items.count;
+__device__ __forceinline__ bool has_pairs(const Items& items) {
+  return items.are_pairs && static_cast<int>(blockIdx.x) < items.num_matrix;
 }
 
 // The query head of a row of an item; `packed` counts from the unit's first row.
