@@ -298,3 +298,18 @@ def test_rows_that_are_not_aligned(cuda: str) -> None:
     wide = torch.full((*forest.cache.shape[:-1], 65), NAN, dtype=HALF, device=cuda)
     wide[..., :64] = forest.cache
     check(run(forest, cache=wide[..., :64]), forest)
+
+
+@pytest.mark.parametrize("num_requests", [20, 200, 700, 1100])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_merges_of_few_and_many_rows(cuda: str, num_requests: int, head_dim: int) -> None:
+    """Five heads, so that no group of heads that is merged together is full."""
+    lengths = [1 + 37 * i % 90 for i in range(num_requests)]
+    forest = forest_of(
+        [[num_requests], [1] * num_requests], [[400], lengths], num_qo_heads=5, num_kv_heads=1,
+        head_dim=head_dim, dtype=HALF, device=cuda, extra_rows=3,
+    )  # fmt: skip
+    plan = plan_cascade(*forest.arrays, **forest.numbers)
+    header = plan.schedule[:6].tolist()
+    assert header[5] > 0  # rows of partial states
+    check(cascade_attention(forest.q, forest.cache, plan), forest)

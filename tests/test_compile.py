@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from expecttest import assert_expected_inline
-from helpers import TOLERANCE, Forest, int32, random_forest, relative_error
+from helpers import TOLERANCE, Forest, int32, needs_packages, random_forest, relative_error
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -344,6 +344,7 @@ def test_export_serves_other_batches(device: str) -> None:
 
 
 def test_aot_inductor_package(device: str, tmp_path: Path) -> None:
+    needs_packages(device)
     inputs = model_inputs(device)
     program = torch.export.export(Model(), inputs)
     path = torch._inductor.aoti_compile_and_package(

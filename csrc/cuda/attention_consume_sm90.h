@@ -261,8 +261,8 @@ class Consumer {
     if (step.gathered || next.gathered) fence_async_proxy();
   }
 
-  // Starts the products of the next step's scores and then those of a step's weights and values. The
-  // next weights are computed as soon as the scores are there, beside the other products.
+  // Starts the products of the next step's scores and then those of a step's weights and values.
+  // The next weights are computed as soon as the scores are there, beside the other products.
   template <int kBlocks>
   __device__ __forceinline__ void multiply(const Step& step, const Step& next,
                                            const int (&token)[2], bool is_pair, bool& ready) {
@@ -289,8 +289,8 @@ class Consumer {
     release_keys(next);
     mask<kNextBlocks>(next, token);
     const float2 rescale = exponentiate<kNextBlocks>(scores_, sums_, params_.scale_log2);
-    // Most steps leave the maxima of all of a warp's rows as they are. The sums are asked for so that
-    // the compiler cannot put the wait before the weights: it moves nothing across the branch.
+    // Most steps leave the maxima of all of a warp's rows as they are. The sums are asked for so
+    // that the compiler cannot put the wait before the weights: it moves nothing across the branch.
     const bool same = rescale.x == 1 && rescale.y == 1 && sums_.total[0] == sums_.total[0] &&
                       sums_.total[1] == sums_.total[1];
     if (!__all_sync(~0u, same)) {

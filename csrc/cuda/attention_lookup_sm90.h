@@ -45,13 +45,12 @@ class Cursor {
     fetch();
   }
 
-  // Goes on to the next block of the list; false at its end. What the block is, only if it is mine,
-  // as every `turns`-th is.
-  __device__ __forceinline__ bool next_block(bool mine, int turns, Block& block) {
+  // Goes on to the next block of the list; false at its end. What the block is, only if it is mine.
+  __device__ __forceinline__ bool next_block(bool mine, Block& block) {
     if (position_ >= end_ && !start_item()) return false;
     if (position_ >= window_end_) load_window();
     const int count = min(kColumns, window_end_ - position_);
-    if (mine) look_up(count, turns, block);
+    if (mine) look_up(count, block);
     position_ += count;
     return true;
   }
@@ -76,7 +75,7 @@ class Cursor {
             word(mine_.walk, i)};
   }
 
-  __device__ __forceinline__ void look_up(int count, int turns, Block& block) const {
+  __device__ __forceinline__ void look_up(int count, Block& block) const {
     Segment its = mine_;
     bool all_seen = count == kColumns;
     int index = 0;  // of the segment that the columns begin in
@@ -100,11 +99,7 @@ class Cursor {
       column.live = place < count && token < its.kv_end;
       const int page = params_.page_size.divide(max(token, 0));
       column.slot = column.live ? token - page * static_cast<int>(params_.page_size.divisor) : 0;
-      column.page = column.live ? its.pages[page] : 0;
-      // Page numbers of my next block, where the segment is long.
-      if (token + turns * kColumns < its.kv_end) {
-        prefetch_line(its.pages + params_.page_size.divide(max(token, 0) + turns * kColumns));
-      }
+      column.page = column.live ? __ldg(its.pages + page) : 0;
       column.seen_by = column.live
                            ? make_int2(max(its.row_begin, token - its.diagonal), its.row_end)
                            : make_int2(0, 0);

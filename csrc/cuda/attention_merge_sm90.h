@@ -2,12 +2,12 @@
 //
 //   lse = log2(sum_k 2^lse_k),  o = sum_k 2^(lse_k - lse) o_k
 //
-// Grid: (query tokens, query heads / heads of a CTA); a CTA goes on to further tokens where the grid
-// has fewer. Few rows are given several warps each, which share a row's states; of many rows a warp
-// takes some heads of a token at once, which share what must be looked up. Which states a warp
+// Grid: (query tokens, query heads / heads of a CTA); a CTA goes on to further tokens where the
+// grid has fewer. Few rows are given several warps each, which share a row's states; of many rows a
+// warp takes some heads of a token at once, which share what must be looked up. Which states a warp
 // adds, and in which order, depends on nothing else, so that a plan gives the same bits every time.
-// Rows with one state were written by their unit; those with none, and those behind the plan's last,
-// get the empty state: o = 0, lse = -inf.
+// Rows with one state were written by their unit; those with none, and those behind the plan's
+// last, get the empty state: o = 0, lse = -inf.
 #pragma once
 
 #include "cuda/attention_sm90.h"
@@ -55,8 +55,7 @@ class RowMerger {
   __device__ __forceinline__ Row find(const gpu::Header& header, int place) const {
     const int planned = header.num_tiles * header.tile_tokens;
     if (place >= planned) return {header.num_tokens + place - planned, 0, false, 0, 0};
-    const int tile_index =
-        static_cast<uint32_t>(place) / static_cast<uint32_t>(header.tile_tokens);
+    const int tile_index = static_cast<uint32_t>(place) / static_cast<uint32_t>(header.tile_tokens);
     const int of_tile = place - tile_index * header.tile_tokens;
     // All of the tile at once: one wait for memory instead of two.
     const auto* tiles = reinterpret_cast<const int4*>(params_.schedule + params_.tile_at);
@@ -82,8 +81,7 @@ class RowMerger {
       const int count = (row.num_states - base + M::kWarps - 1) / M::kWarps;
       const int64_t state = (row.first + int64_t{base} * row.step) * params_.num_qo_heads + head_;
       const bool there = head < min(M::kHeads, heads) && ahead < count;
-      const float lse =
-          there ? params_.partial_lse[state + ahead * stride + head] : -INFINITY;
+      const float lse = there ? params_.partial_lse[state + ahead * stride + head] : -INFINITY;
       const Vector* from = reinterpret_cast<const Vector*>(params_.partial_o) + state * 32 + lane_;
       Vector loaded[kAhead][M::kHeads];
 #pragma unroll
@@ -146,7 +144,7 @@ class RowMerger {
 
   __device__ __forceinline__ void store(const Row& row, int head, const Sums<kVec>& sums) const {
     const bool empty = sums.total == 0;
-    const float factor = empty ? 0 : 1 / sums.total;
+    const float factor = empty ? 0 : __fdividef(1, sums.total);
     Vector x;
 #pragma unroll
     for (int j = 0; j < kVec / 2; ++j) {

@@ -38,7 +38,7 @@ class Producer {
       for (;;) {
         const bool mine = turn == its_turn;
         Block block;
-        if (!cursor.next_block(mine, turns, block)) break;
+        if (!cursor.next_block(mine, block)) break;
         if (mine) publish(block);
         if (++turn == turns) turn = 0;
         stage_.advance(step);

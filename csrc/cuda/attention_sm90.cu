@@ -83,6 +83,7 @@ void launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_
 }
 
 constexpr int kMergeCtas = 64;  // an SM, at most
+constexpr int64_t kMaxGridY = 65535;
 
 template <class T, int kHeadDim>
 constexpr int kSharedBytes = sizeof(Shared<kHeadDim>) + 1024;
@@ -90,14 +91,16 @@ constexpr int kSharedBytes = sizeof(Shared<kHeadDim>) + 1024;
 template <class T, int kHeadDim>
 void run(const Params& params, int sms, cudaStream_t stream) {
   static_assert(kSharedBytes<T, kHeadDim> <= 227 * 1024);
-  launch(attention_kernel<T, kHeadDim>, dim3(sms), kThreads, kSharedBytes<T, kHeadDim>, stream, params);
+  launch(attention_kernel<T, kHeadDim>, dim3(sms), kThreads, kSharedBytes<T, kHeadDim>, stream,
+         params);
   const auto merge = [&](auto shape) {
     using M = decltype(shape);
     const int y = (params.num_qo_heads + M::kHeadsAtOnce - 1) / M::kHeadsAtOnce;
     const int x = std::clamp(sms * kMergeCtas / y, 1, params.num_rows);
     launch(merge_kernel<T, kHeadDim, M>, dim3(x, y), M::kThreads, 0, stream, params);
   };
-  // The bounds are the fastest of some tried. A warp has no room for the states of several large heads.
+  // The bounds are the fastest of some tried. A warp has no room for the states of several large
+  // heads.
   constexpr int kHeads = kHeadDim <= 128 ? 4 : 1;
   const int64_t rows = int64_t{params.num_rows} * params.num_qo_heads;
   if (rows <= sms * 4) {
@@ -268,7 +271,7 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
                       aligned(q) && aligned(k_cache) && aligned(v_cache) && aligned(out) &&
                       sm_scale > 1e-37 && sm_scale < 1e30 && num_pages > 0 && page_size > 0 &&
                       num_pages < kMost && page_size < kMost && num_rows < kMost &&
-                      num_qo_heads < kMost / 2 && layout.words < kMost;
+                      num_qo_heads <= kMaxGridY && layout.words < kMost;
   if (!served) {
     portable(q, k_cache, v_cache, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, schedule,
              causal, sm_scale, v_scale, out, lse);

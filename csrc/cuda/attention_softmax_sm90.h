@@ -32,8 +32,8 @@ __device__ __forceinline__ void mask_block(float (&scores)[kColumns / 2], const 
   }
 }
 
-// The scores of kBlocks blocks to weights 2^(score scale - m), in place; what was summed before must
-// become relative to the new maximum, by the factors that are returned.
+// The scores of kBlocks blocks to weights 2^(score scale - m), in place; what was summed before
+// must become relative to the new maximum, by the factors that are returned.
 template <int kBlocks, int kMost>
 __device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns / 2], RowSums& sums,
                                                float scale) {

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_state(const Params& params, const Work& wo
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
     // A sum that is NaN is no empty state: it must reach the output.
-    const float factor = total == 0 ? 0 : params.v_scale / total;
+    const float factor = total == 0 ? 0 : __fdividef(params.v_scale, total);
     const float lse = total == 0 ? -kInfinity : fmaf(sums.peak[i], params.scale_log2, log2f(total));
     const int token = work.token[i], head = query_head(params, item, token, work.packed[i]);
     char* row = params.out + row_offset(params, item, token, work.packed[i], params.out_stride);

@@ -52,7 +52,7 @@ struct Costs {
   float stream_rows;      // packed rows that a stream kernel takes at once
 };
 
-constexpr Costs kPackedCosts{10, 600, 15, 0, 2500, 12, {14, 12, 12}, {1, 2, 2}, 2, kStreamRows};
+constexpr Costs kPackedCosts{10, 600, 12, 0, 2500, 12, {14, 12, 12}, {1, 2, 2}, 2, kStreamRows};
 constexpr Costs kPlainCosts{30, 400, 20, 10, 2500, 14, {26, 22, 20}, {1, 2, 3}, 3, 16};
 
 constexpr int kTileRows = 128;     // packed rows
