@@ -39,7 +39,7 @@ class Consumer {
       arrivals_ = is_pair ? 1 : kConsumers;
       begin_item();
       // A pair item has much to compute: its consumers take turns on the matrix unit, which goes
-      // from a step's values to the next one's scores while the other consumer computes weights.
+      // from the next step's scores to a step's values, while the other consumer computes weights.
       // A solo item waits for memory: its values are done with before it waits for the next keys.
       if (is_pair && number_ == 1) pass_turn();
       for (bool last = false; !last;) {

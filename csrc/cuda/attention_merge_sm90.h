@@ -52,11 +52,14 @@ class RowMerger {
   };
 
   // `place` counts the planned tokens tile by tile, then those behind them.
-  __device__ __forceinline__ Row find(const gpu::Header& header, int place) const {
-    const int planned = header.num_tiles * header.tile_tokens;
-    if (place >= planned) return {header.num_tokens + place - planned, 0, false, 0, 0};
-    const int tile_index = static_cast<uint32_t>(place) / static_cast<uint32_t>(header.tile_tokens);
-    const int of_tile = place - tile_index * header.tile_tokens;
+  __device__ __forceinline__ Row find(const gpu::Header& header, int64_t place) const {
+    const int64_t planned = int64_t{header.num_tiles} * header.tile_tokens;
+    if (place >= planned)
+      return {header.num_tokens + static_cast<int>(place - planned), 0, false, 0, 0};
+    const int tile_index = place > UINT32_MAX ? static_cast<int>(place / header.tile_tokens)
+                                              : static_cast<uint32_t>(place) /
+                                                    static_cast<uint32_t>(header.tile_tokens);
+    const int of_tile = static_cast<int>(place - int64_t{tile_index} * header.tile_tokens);
     // All of the tile at once: one wait for memory instead of two.
     const auto* tiles = reinterpret_cast<const int4*>(params_.schedule + params_.tile_at);
     const int4 rows = tiles[2 * tile_index], own = tiles[2 * tile_index + 1];
@@ -81,7 +84,6 @@ class RowMerger {
       const int count = (row.num_states - base + M::kWarps - 1) / M::kWarps;
       const int64_t state = (row.first + int64_t{base} * row.step) * params_.num_qo_heads + head_;
       const bool there = head < min(M::kHeads, heads) && ahead < count;
-      const float lse = there ? params_.partial_lse[state + ahead * stride + head] : -INFINITY;
       const Vector* from = reinterpret_cast<const Vector*>(params_.partial_o) + state * 32 + lane_;
       Vector loaded[kAhead][M::kHeads];
 #pragma unroll
@@ -92,6 +94,9 @@ class RowMerger {
         }
         from += stride * 32;
       }
+      // Behind these, or the compiler puts some of them behind the wait for the lse.
+      __syncwarp();
+      const float lse = there ? params_.partial_lse[state + ahead * stride + head] : -INFINITY;
       const float before = peak;
       peak = fmaxf(peak, lse);
 #pragma unroll
@@ -192,12 +197,12 @@ __global__ void __launch_bounds__(M::kThreads, M::kCtas)
   const auto& header = *reinterpret_cast<const gpu::Header*>(params.schedule);
   const int warp = threadIdx.x / 32, part = warp % M::kWarps;
   const int head = blockIdx.y * M::kHeadsAtOnce + warp / M::kWarps * M::kHeads;
-  const int places =
-      header.num_tiles * header.tile_tokens + max(params.num_rows - header.num_tokens, 0);
+  const int64_t places =
+      int64_t{header.num_tiles} * header.tile_tokens + max(params.num_rows - header.num_tokens, 0);
   Merger merger(params, threadIdx.x % 32, head);
   if (head >= params.num_qo_heads) return;
 #pragma unroll 1
-  for (int place = blockIdx.x; place < places; place += gridDim.x) {
+  for (int64_t place = blockIdx.x; place < places; place += gridDim.x) {
     // The attention kernel has waited for the planner before it let this one start, so the schedule
     // can be read ahead of the states.
     const typename Merger::Row row = merger.find(header, place);

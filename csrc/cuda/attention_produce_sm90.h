@@ -33,7 +33,8 @@ class Producer {
       int turn = 0;
       // One consumer frees a list's own places, in order, but both free those up to the mark. A
       // warp that went on before these are free could take the state of a barrier two rounds ago
-      // for the last one's.
+      // for the last one's. (A warp that has filled no place near the mark may pass here early;
+      // then the list's other warp has, and holds it up at its next turn.)
       if (marked && !pairs) barrier_wait(&shared_.k_empty[common_.index], common_.parity);
       for (;;) {
         const bool mine = turn == its_turn;

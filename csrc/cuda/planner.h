@@ -218,6 +218,7 @@ struct Planner {
   int32_t* pages;    // kv_indptr of all levels
   int num_tokens = 0;
   int align_level = -1;
+  int32_t* longest_tile;  // tokens, where tiles are aligned to a level
   // Step 2.
   int num_tiles = 0, tile_tokens = 0, tile_class = 0;  // the most tokens; an index into costs
   int32_t* tile_row;                                   // [num_tiles + 1] where tiles begin

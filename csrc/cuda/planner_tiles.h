@@ -9,6 +9,7 @@ template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::load_groups() {
   const int levels = in.num_levels, groups = in.first_group[levels];
   int32_t* live = memory.ints(kMaxLevels);  // groups of a level that have rows and KV
+  longest_tile = memory.ints(1);
   rows_at = memory.ints(groups + levels);
   pages = memory.ints(groups + levels);
   lengths = memory.ints(groups);
@@ -25,6 +26,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::load_groups() {
     }
     if (block.thread() == 0) live[l] = 0;
   }
+  if (block.thread() == 0) *longest_tile = 0;
   memory.wait();
   block.sync();
 
@@ -75,17 +77,17 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::make_tiles() {
   // So many that their number, with one more for each interval, stays within the capacity.
   const int most = static_cast<int>(layout.tiles) - intervals;
   const int wanted = num_tokens <= most * in.tile_part ? in.tile_part : ceil_div(num_tokens, most);
-  tile_tokens = min_int(wanted, num_tokens);
-  const int rows = tile_tokens < kTileRows ? tile_tokens * in.group_size : kTileRows;
-  tile_class = rows > 64 ? 0 : rows > 32 ? 1 : 2;
-
   int32_t* interval_tile = memory.ints(intervals + 1);  // the first of its tiles
   if (!memory.fits()) return false;
   if (align_level < 0) {
     num_tiles = ceil_div(num_tokens, wanted);
+    tile_tokens = num_tiles > 0 ? ceil_div(num_tokens, num_tiles) : 0;
   } else {
     const auto count = [&](int i, int (&value)[1]) {
-      value[0] = ceil_div(border(i + 1) - border(i), wanted);
+      const int tokens = border(i + 1) - border(i);
+      value[0] = ceil_div(tokens, wanted);
+      const int longest = value[0] > 0 ? ceil_div(tokens, value[0]) : 0;
+      if (longest > *longest_tile) block.raise(longest_tile, longest);
     };
     const auto place = [&](int i, const int (&at)[1], const int (&)[1]) {
       interval_tile[i] = at[0];
@@ -95,7 +97,10 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::make_tiles() {
     if (block.thread() == 0) interval_tile[intervals] = total[0];
     num_tiles = total[0];
     block.sync();
+    tile_tokens = *longest_tile;
   }
+  const int rows = tile_tokens < kTileRows ? tile_tokens * in.group_size : kTileRows;
+  tile_class = rows > 64 ? 0 : rows > 32 ? 1 : 2;
 
   tile_row = memory.ints(num_tiles + 1);
   entry_group = memory.ints(num_tiles * in.num_levels);
