@@ -107,6 +107,7 @@ def check(
     states: dict[int, list[tuple[int, ...]]] = {}  # row -> (partial row, unit) of each state
     borders = [x[0] for x in t.tiles] + [t.num_tokens]
     assert [x[1] for x in t.tiles] == borders[1:] and borders == sorted(set(borders))
+    assert t.tile_tokens == max((x[1] - x[0] for x in t.tiles), default=0)
 
     def meet(unit: int, segment: list[int], begin: int, end: int, rows: range) -> None:
         level, page_begin, _, _, row_begin, row_end, diagonal, _ = segment

@@ -86,6 +86,12 @@ def test_own_pieces_are_one_unit_of_rows() -> None:
     assert {u[1] - u[0] for u in t.stream_units} == {16}
 
 
+def test_the_longest_tile_is_no_longer_than_a_tile() -> None:
+    """So many groups that the capacity allows tiles of several tokens, though none has more."""
+    forest = forest_of([[1] * 600], [[20] * 600], num_qo_heads=128, num_kv_heads=1, head_dim=8)
+    assert checked(forest, packed=True).tile_tokens == 1
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_walks_whose_states_have_no_room_are_not_cut(packed: bool) -> None:
     """Many rows over much KV leave the SMs idle, but cut walks have too many states."""

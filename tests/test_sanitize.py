@@ -53,6 +53,14 @@ def test_forest(
     attend(forest, causal, layout, as_tuple)
 
 
+def test_merges_of_many_rows(device: str) -> None:
+    forest = forest_of(
+        [[900], [1] * 900], [[300], [1 + i % 20 for i in range(900)]], num_qo_heads=5,
+        num_kv_heads=1, head_dim=128, dtype=torch.float16, device=device,
+    )  # fmt: skip
+    attend(forest, False)
+
+
 def test_cut_kv_and_tiles(device: str) -> None:
     """Several units a tile and several tiles a request, merged."""
     forest = forest_of(

@@ -289,13 +289,17 @@ class Consumer {
     release_keys(next);
     mask<kNextBlocks>(next, token);
     const float2 rescale = exponentiate<kNextBlocks>(scores_, sums_, params_.scale_log2);
-    // Most steps leave the maxima of all of a warp's rows as they are. The sums are asked for so
-    // that the compiler cannot put the wait before the weights: it moves nothing across the branch.
     const bool same = rescale.x == 1 && rescale.y == 1 && sums_.total[0] == sums_.total[0] &&
                       sums_.total[1] == sums_.total[1];
-    if (!__all_sync(~0u, same)) {
-      wgmma_wait<0>();
-      pin_output();
+    // The compiler would put the wait before the weights. It does not know that all lanes are in
+    // one of the two ballots, so that it cannot move it across this barrier, nor the sums behind.
+    const uint32_t changed = __ballot_sync(~0u, !same);
+    __syncwarp(__ballot_sync(~0u, same) | changed);
+    wgmma_wait<0>();
+    pin_scores();
+    pin_output();
+    // Most steps leave the maxima of all of a warp's rows as they are.
+    if (changed != 0) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -304,9 +308,6 @@ class Consumer {
         }
       }
     }
-    wgmma_wait<0>();
-    pin_scores();
-    pin_output();
     pack_weights<T, kNextBlocks>(scores_, weights_);
   }
 
