@@ -61,6 +61,24 @@ def test_merges_of_many_rows(device: str) -> None:
     attend(forest, False)
 
 
+@pytest.mark.parametrize(
+    "rows,lengths",
+    [
+        ([[200]], [[1500]]),  # tiles of two consumers
+        ([[12]], [[4000]]),  # of one
+        ([[64], [16] * 4], [[1500], [1200] * 4]),  # the former, and then own pieces
+    ],
+)
+def test_more_blocks_than_a_ring_holds(
+    device: str, rows: list[list[int]], lengths: list[list[int]]
+) -> None:
+    forest = forest_of(
+        rows, lengths, num_qo_heads=64, num_kv_heads=16, head_dim=128, dtype=torch.float16,
+        device=device,
+    )  # fmt: skip
+    attend(forest, False)
+
+
 def test_cut_kv_and_tiles(device: str) -> None:
     """Several units a tile and several tiles a request, merged."""
     forest = forest_of(
