@@ -310,6 +310,5 @@ def test_merges_of_few_and_many_rows(cuda: str, num_requests: int, head_dim: int
         head_dim=head_dim, dtype=HALF, device=cuda, extra_rows=3,
     )  # fmt: skip
     plan = plan_cascade(*forest.arrays, **forest.numbers)
-    header = plan.schedule[:6].tolist()
-    assert header[5] > 0  # rows of partial states
+    assert int(plan.schedule[5]) > 0  # rows of partial states
     check(cascade_attention(forest.q, forest.cache, plan), forest)

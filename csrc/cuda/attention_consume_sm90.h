@@ -299,15 +299,7 @@ class Consumer {
     pin_scores();
     pin_output();
     // Most steps leave the maxima of all of a warp's rows as they are.
-    if (changed != 0) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int j = 0; j < kPartDim / 2; ++j) {
-          output_[part][j] *= j / 2 % 2 ? rescale.y : rescale.x;
-        }
-      }
-    }
+    if (changed != 0) rescale_output(output_, rescale);
     pack_weights<T, kNextBlocks>(scores_, weights_);
   }
 

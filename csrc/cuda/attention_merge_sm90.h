@@ -51,9 +51,14 @@ class RowMerger {
     int32_t step;   // the distance to the next
   };
 
-  // `place` counts the planned tokens tile by tile, then those behind them.
+  // Places of the planned tokens; a tile that is shorter than the longest leaves some empty.
+  __device__ __forceinline__ static int64_t planned_places(const gpu::Header& header) {
+    return int64_t{header.num_tiles} * header.tile_tokens;
+  }
+
+  // `place` counts these tile by tile, then the tokens behind them.
   __device__ __forceinline__ Row find(const gpu::Header& header, int64_t place) const {
-    const int64_t planned = int64_t{header.num_tiles} * header.tile_tokens;
+    const int64_t planned = planned_places(header);
     if (place >= planned)
       return {header.num_tokens + static_cast<int>(place - planned), 0, false, 0, 0};
     const int tile_index = place > UINT32_MAX ? static_cast<int>(place / header.tile_tokens)
@@ -198,7 +203,7 @@ __global__ void __launch_bounds__(M::kThreads, M::kCtas)
   const int warp = threadIdx.x / 32, part = warp % M::kWarps;
   const int head = blockIdx.y * M::kHeadsAtOnce + warp / M::kWarps * M::kHeads;
   const int64_t places =
-      int64_t{header.num_tiles} * header.tile_tokens + max(params.num_rows - header.num_tokens, 0);
+      Merger::planned_places(header) + max(params.num_rows - header.num_tokens, 0);
   Merger merger(params, threadIdx.x % 32, head);
   if (head >= params.num_qo_heads) return;
 #pragma unroll 1

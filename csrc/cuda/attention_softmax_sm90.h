@@ -106,4 +106,14 @@ __device__ __forceinline__ void pack_weights(const float (&scores)[kMost][kColum
   }
 }
 
+// What was summed, relative to a new maximum.
+template <int kParts, int kPart>
+__device__ __forceinline__ void rescale_output(float (&output)[kParts][kPart], float2 rescale) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) output[part][j] *= j / 2 % 2 ? rescale.y : rescale.x;
+  }
+}
+
 }  // namespace flashinfer_ops::sm90
