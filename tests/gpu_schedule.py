@@ -53,6 +53,9 @@ class Tables:
     tile_tokens: int
     num_partial_rows: int
     stream_tokens: int
+    matrix_ctas: int
+    stream_rounds: int
+    first_free: int
     tiles: list[list[int]]
     matrix_units: list[list[int]]
     stream_units: list[list[int]]
@@ -64,7 +67,7 @@ class Tables:
 def tables(schedule: Tensor, num_groups: Sequence[int]) -> Tables:
     schedule = schedule.cpu()
     layout: GpuSchedule = gpu_schedule(tuple(num_groups))
-    tokens, tiles, tile_tokens, matrix, stream, partial, stream_tokens = schedule[:7].tolist()
+    tokens, tiles, tile_tokens, matrix, stream, partial, *rest = schedule[:10].tolist()
 
     def rows(at: int, count: int, words: int) -> list[list[int]]:
         result: list[list[int]] = schedule[at : at + count * words].reshape(count, words).tolist()
@@ -77,7 +80,7 @@ def tables(schedule: Tensor, num_groups: Sequence[int]) -> Tables:
         tiles,
         tile_tokens,
         partial,
-        stream_tokens,
+        *rest,
         tile_rows,
         matrix_units,
         rows(layout.stream_at, stream, 8),

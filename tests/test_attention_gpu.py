@@ -140,6 +140,19 @@ def test_one_long_prefix(cuda: str, dtype: torch.dtype) -> None:
     check(run(forest), forest)
 
 
+@pytest.mark.parametrize("head_dim,page_size", [(128, 16), (128, 1), (64, 16), (256, 16)])
+@pytest.mark.parametrize("prefix", [512, 2048, 16384])
+def test_long_suffixes_of_many_requests(
+    cuda: str, head_dim: int, page_size: int, prefix: int
+) -> None:
+    """Suffixes are own pieces, and some SMs begin with them while others compute the prefix."""
+    forest = forest_of(
+        [[256], [1] * 256], [[prefix], [400 + i % 5 for i in range(256)]], num_qo_heads=8,
+        num_kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=HALF, device=cuda,
+    )  # fmt: skip
+    check(run(forest), forest)
+
+
 def test_one_long_request_among_short_ones(cuda: str) -> None:
     lengths = [(37 * i) % 200 + 1 for i in range(100)]
     lengths[41] = 60_001

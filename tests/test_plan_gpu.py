@@ -86,6 +86,25 @@ def test_own_pieces_are_one_unit_of_rows() -> None:
     assert {u[1] - u[0] for u in t.stream_units} == {16}
 
 
+@pytest.mark.parametrize("prefix", [512, 4096])
+def test_some_sms_read_while_others_compute(prefix: int) -> None:
+    """Own pieces beside tiles of many rows: each SM with matrix units has as many as the others,
+    or one less, and the rest begin with no more stream units than there are."""
+    heads, sms = 2, 132
+    forest = forest_of(
+        [[128], [1] * 128], [[prefix], [400] * 128], num_qo_heads=4 * heads, num_kv_heads=heads,
+        head_dim=8,
+    )  # fmt: skip
+    t = checked(forest, packed=True)
+    items, others = len(t.matrix_units) * heads, sms - t.matrix_ctas
+    assert 0 < others < sms and items >= t.matrix_ctas
+    assert 2 * others * t.stream_rounds <= len(t.stream_units) * heads
+    assert t.first_free == (items % t.matrix_ctas or t.matrix_ctas)
+    assert t.stream_rounds > 0 or prefix < 4096
+    alone = checked(forest_of([[128]], [[prefix]], num_qo_heads=8, head_dim=8), packed=True)
+    assert (alone.matrix_ctas, alone.stream_rounds, alone.first_free) == (sms, 0, 0)
+
+
 def test_the_longest_tile_is_no_longer_than_a_tile() -> None:
     """So many groups that the capacity allows tiles of several tokens, though none has more."""
     forest = forest_of([[1] * 600], [[20] * 600], num_qo_heads=128, num_kv_heads=1, head_dim=8)
@@ -167,6 +186,7 @@ def test_any_contents_give_one_plan(seed: int) -> None:
         ([[6000], [500] * 12], [[1000], [700] * 12]),
         ([[8], [1] * 8], [[512], [64] * 8]),
         ([[40]], [[32000]]),
+        ([[256], [1] * 256], [[4096], [512] * 256]),
     ],
 )
 @pytest.mark.parametrize("causal", [False, True])

@@ -49,6 +49,23 @@ class Consumer {
         if (is_pair) wait_for_turn();
         multiply<0>(step, step, token, is_pair, ready);
         while (is_pair && !step.last) {
+          // Most blocks of a long walk: nothing needs to be asked about them.
+          if (plain_ >= kStepBlocks) {
+            do {
+              const Step next = next_plain_step();
+              if (!ready) {
+                wait_for_values(step);
+                wait_for_keys(next);
+              }
+              show(step, next);
+              wait_for_turn();
+              multiply_blocks<kStepBlocks, kStepBlocks, true>(step, next, token, true, ready);
+              release_values<true>(step);
+              step = next;
+              plain_ -= kStepBlocks;
+            } while (plain_ >= kStepBlocks);
+            ready = false;  // no entry was asked for
+          }
           Step next;
           if (ready) next = find_step<kKnown>();
           if (!ready) {
@@ -118,9 +135,10 @@ class Consumer {
   }
   __device__ __forceinline__ void read_entry(bool wait) {
     if (wait) barrier_wait(&shared_.entry_full[stage_.index], stage_.parity);
-    const int2 head = *reinterpret_cast<const int2*>(&shared_.entries[stage_.index].flags);
+    const int4 head = *reinterpret_cast<const int4*>(&shared_.entries[stage_.index].flags);
     flags_ = head.x;
     gathered_ = head.y;
+    plain_ = head.z;
   }
 
   // A stage's arrivals are those of both consumers; one that serves a block alone arrives twice.
@@ -132,9 +150,6 @@ class Consumer {
       const bool mine = lane_ == 0 && (b == 0 || kFull || b < step.count);
       barrier_arrive_if(mine, &barriers[step.stage[b]], kFull ? 1 : arrivals_);
     }
-  }
-  __device__ __forceinline__ void release_keys(const Step& step) {
-    release<false>(step, shared_.k_empty);
   }
   // kFull: a step of a pair item with all its blocks.
   template <bool kFull = false>
@@ -232,9 +247,23 @@ class Consumer {
     return step;
   }
 
+  // The next blocks, which are known to be plain; they need not be there.
+  __device__ __forceinline__ Step next_plain_step() {
+    Step step{};
+    step.count = kStepBlocks;
+#pragma unroll
+    for (int b = 0; b < kStepBlocks; ++b) {
+      stage_.advance();
+      step.stage[b] = stage_.index;
+      step.parity[b] = stage_.parity;
+    }
+    return step;
+  }
+
   // Whether the step's values and the next step's blocks and keys are there, without a wait. The
   // step is full and not the item's last.
   // What a barrier guards must not be read here: the answer and a read side by side are unordered.
+  template <bool kPlain>
   __device__ __forceinline__ bool look_ahead(const Step& step) const {
     RingPlace<S::kStages> stage = stage_;
     bool ready = true;
@@ -243,7 +272,7 @@ class Consumer {
       ready &= barrier_done(&shared_.v_full[step.stage[b]], step.parity[b]);
       stage.advance();
       // One block may be the item's last; then the next item's is asked for in vain.
-      ready &= barrier_done(&shared_.entry_full[stage.index], stage.parity);
+      if (!kPlain) ready &= barrier_done(&shared_.entry_full[stage.index], stage.parity);
       ready &= barrier_done(&shared_.k_full[stage.index], stage.parity);
     }
     return __all_sync(~0u, ready);
@@ -253,6 +282,13 @@ class Consumer {
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       if (b < step.count) barrier_wait(&shared_.v_full[step.stage[b]], step.parity[b]);
+    }
+  }
+
+  __device__ __forceinline__ void wait_for_keys(const Step& step) {
+#pragma unroll
+    for (int b = 0; b < kStepBlocks; ++b) {
+      barrier_wait(&shared_.k_full[step.stage[b]], step.parity[b]);
     }
   }
 
@@ -267,13 +303,13 @@ class Consumer {
   __device__ __forceinline__ void multiply(const Step& step, const Step& next,
                                            const int (&token)[2], bool is_pair, bool& ready) {
     if (kStepBlocks == 1 || next.count == 1) {
-      multiply_blocks<kBlocks, 1>(step, next, token, is_pair, ready);
+      multiply_blocks<kBlocks, 1, false>(step, next, token, is_pair, ready);
     } else {
-      multiply_blocks<kBlocks, kStepBlocks>(step, next, token, is_pair, ready);
+      multiply_blocks<kBlocks, kStepBlocks, false>(step, next, token, is_pair, ready);
     }
   }
 
-  template <int kBlocks, int kNextBlocks>
+  template <int kBlocks, int kNextBlocks, bool kPlain>
   __device__ __forceinline__ void multiply_blocks(const Step& step, const Step& next,
                                                   const int (&token)[2], bool is_pair,
                                                   bool& ready) {
@@ -283,11 +319,11 @@ class Consumer {
     start_scores<kNextBlocks>(next);
     start_values<kBlocks>(step);
     if (is_pair) pass_turn();
-    if (kNextBlocks == kStepBlocks && is_pair) ready = look_ahead(next);
+    if (kNextBlocks == kStepBlocks && is_pair) ready = look_ahead<kPlain>(next);
     wgmma_wait<(kBlocks > 0)>();
     pin_scores();
-    release_keys(next);
-    mask<kNextBlocks>(next, token);
+    release<kPlain>(next, shared_.k_empty);
+    if (!kPlain) mask<kNextBlocks>(next, token);
     const float2 rescale = exponentiate<kNextBlocks>(scores_, sums_, params_.scale_log2);
     const bool same = rescale.x == 1 && rescale.y == 1 && sums_.total[0] == sums_.total[0] &&
                       sums_.total[1] == sums_.total[1];
@@ -383,6 +419,7 @@ class Consumer {
   int arrivals_ = 0;  // that a warp owes a stage
   int flags_ = 0;
   int gathered_ = 0;
+  int plain_ = 0;  // blocks behind the present one
   uint32_t queries_[S::kQueryAtoms > 0 ? 4 * S::kQueryAtoms : 1][4];
   uint32_t weights_[kStepBlocks][kColumns / 16][4];
   float scores_[kStepBlocks][kColumns / 2];

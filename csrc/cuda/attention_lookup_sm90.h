@@ -20,14 +20,17 @@ struct Column {
   int2 seen_by;
 };
 
-// Which items: numbers kFirst, kFirst + kStride, ... of kItems; the first kMatrix are those of
-// matrix units, by head, unit and part of the unit's rows.
+// Which items: numbers kFirst, kFirst + kAheadStride, ... below kAhead, then kRest,
+// kRest + kStride, ... below kItems; the first kMatrix are those of matrix units, by head, unit and
+// part of the unit's rows.
 namespace list {
-constexpr int kFirst = 0, kStride = 1, kItems = 2, kMatrix = 3, kUnitsAHead = 4, kParts = 5;
-}
+constexpr int kFirst = 0, kAheadStride = 1, kAhead = 2, kRest = 3, kStride = 4, kItems = 5;
+constexpr int kMatrix = 6, kUnitsAHead = 7, kParts = 8;
+}  // namespace list
 
 struct Block {
   int flags;
+  int plain;
   Item item;
   Column columns[kLaneColumns];
 };
@@ -109,7 +112,20 @@ class Cursor {
                its.row_end > last_token_ && last <= first_token_ + its.diagonal;
     block.flags = (pairs_ ? flag::kPair : 0) | (all_seen ? 0 : flag::kMasked);
     if (position_ + count >= end_) block.flags |= flag::kLast;
+    block.plain = pairs_ ? plain_blocks(its, count) : 0;
     block.item = item_;
+  }
+
+  // Of those behind the present one, which has `count` columns, in the segment of the lane's last
+  // column; what lane 31 finds is of the block's.
+  __device__ __forceinline__ int plain_blocks(const Segment& its, int count) const {
+    const bool may_have = count == kColumns && params_.even_pages && params_.has_tensor_maps &&
+                          (position_ - its.walk) % kRun == 0 && its.row_begin <= first_token_ &&
+                          its.row_end > last_token_;
+    // A last block is none, so that a consumer need not ask.
+    const int seen_up_to = min(its.kv_end, first_token_ + its.diagonal + 1) + its.walk;
+    const int tokens = min(seen_up_to, end_ - 1) - (position_ + kColumns);
+    return word(may_have ? max(tokens, 0) / kColumns : 0, 31);
   }
 
   // Starts to load the next item's unit.
@@ -152,7 +168,10 @@ class Cursor {
       item_.partial_row = word(words, 2);
       item_.kv_head = next_head_;
       item_.first_packed = next_part_ * 2 * kRows;
-      next_item_ += word(list_words_, list::kStride);
+      const int ahead = word(list_words_, list::kAhead);
+      const bool is_ahead = next_item_ < ahead;
+      next_item_ += word(list_words_, is_ahead ? list::kAheadStride : list::kStride);
+      if (is_ahead && next_item_ >= ahead) next_item_ = word(list_words_, list::kRest);
       fetch();
       const int rows = pairs_ ? 2 * kRows : kRows;
       first_token_ = item_.first_token + params_.group_size.divide(item_.first_packed);

@@ -57,14 +57,20 @@ class Producer {
   // The lane's word of the list of pair items, or of the consumer's own items.
   __device__ __forceinline__ int32_t list_words(bool pairs) const {
     const Items items = count_items(params_);
-    const int cta = blockIdx.x, grid = params_.ctas.divisor, consumer = warp_ % kConsumers;
-    // Solo items begin with the CTAs that have a pair item less.
-    const int num_pairs = items.are_pairs ? items.num_matrix : 0;
-    const int turn = cta - (num_pairs - static_cast<int>(params_.ctas.divide(num_pairs)) * grid);
-    const int first = pairs ? cta : (turn < 0 ? turn + grid : turn) + consumer * grid;
+    const int cta = blockIdx.x, grid = params_.num_ctas, consumer = warp_ % kConsumers;
+    const int others = grid - items.matrix_ctas, other = cta - items.matrix_ctas;
+    // Of the items, the others' rounds come first; the rest begins with a CTA that has a pair item
+    // less.
+    const int ahead = pairs ? 0 : items.stream_rounds * kConsumers * others;
+    const int turn = cta - items.first_free;
+    const int rest = ahead + (turn < 0 ? turn + grid : turn) + consumer * grid;
+    const bool begins = other >= 0 && ahead > 0;
     const int num_matrix = pairs == items.are_pairs ? items.num_matrix : 0;
-    const int32_t words[] = {first,
-                             pairs ? grid : kConsumers * grid,
+    const int32_t words[] = {pairs ? cta : begins ? other + consumer * others : rest,
+                             begins ? kConsumers * others : 0,
+                             begins ? ahead : 0,
+                             rest,
+                             pairs ? items.matrix_ctas : kConsumers * grid,
                              num_matrix + (pairs ? 0 : items.num_stream),
                              num_matrix,
                              items.matrix_units,
@@ -148,6 +154,7 @@ class Producer {
     if (lane_ == 0) {
       entry.flags = block.flags;
       entry.gathered = gathered;
+      entry.plain = block.plain;
       entry.item = block.item;
     }
     __syncwarp();
@@ -159,6 +166,7 @@ class Producer {
     const int stage = stage_.index, parity = stage_.parity;
     barrier_wait(&shared_.k_empty[stage], parity ^ 1);
     barrier_wait(&shared_.v_empty[stage], parity ^ 1);
+    __syncwarp();  // all lanes have waited
     if (lane_ == 0) {
       shared_.entries[stage].flags = flags;
       barrier_arrive(&shared_.k_full[stage], 1 + 32);

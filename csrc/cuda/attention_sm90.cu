@@ -305,7 +305,7 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   params.group_size = Divisor(static_cast<uint32_t>(num_qo_heads / num_kv_heads));
   params.page_size = Divisor(static_cast<uint32_t>(page_size));
   params.kv_heads = Divisor(static_cast<uint32_t>(num_kv_heads));
-  params.ctas = Divisor(static_cast<uint32_t>(sms));
+  params.num_ctas = sms;
   params.matrix_at = static_cast<int32_t>(layout.matrix_at);
   params.stream_at = static_cast<int32_t>(layout.stream_at);
   params.segment_at = static_cast<int32_t>(layout.segment_at);
@@ -313,6 +313,7 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   params.own_at = static_cast<int32_t>(layout.own_at);
   params.has_tensor_maps =
       encode_cache(k_cache, params.k_map) && encode_cache(v_cache, params.v_map);
+  params.even_pages = page_size % kRun == 0;
   params.scale_log2 = static_cast<float>(sm_scale * 1.4426950408889634);
   params.v_scale = static_cast<float>(v_scale);
   dispatch(q.scalar_type(), head_dim, [&](auto element, auto dim) {

@@ -58,11 +58,12 @@ struct Params {
   int32_t num_rows;
   int32_t num_pages;
   int32_t has_tensor_maps;
+  int32_t even_pages;  // runs of columns never cross a page's end
   int32_t num_qo_heads;
   Divisor group_size{1};
   Divisor page_size{1};
   Divisor kv_heads{1};
-  Divisor ctas{1};
+  int32_t num_ctas;
   int32_t matrix_at, stream_at, segment_at, tile_at, own_at;  // in words of the schedule
   float scale_log2;                                           // sm_scale * log2(e), above 0
   float v_scale;
@@ -88,9 +89,11 @@ constexpr int kStop = 16;   // no block: there is no other
 // One block of columns, as consumers must know it.
 struct alignas(16) Entry {
   int2 seen_by[kColumns];  // query tokens [x, y)
-  // 8 bytes that are read together.
+  // 16 bytes that are read together.
   int32_t flags;
   int32_t gathered;  // whether threads copied some of the block
+  int32_t plain;     // so many blocks behind it have no flag but kPair, and are copied in bulk
+  int32_t reserved;
   Item item;
 };
 
@@ -170,6 +173,10 @@ struct Items {
   int32_t matrix_units;  // of a KV head, times parts
   int32_t num_matrix;
   int32_t num_stream;
+  // Header's, where there are pair items.
+  int32_t matrix_ctas;
+  int32_t stream_rounds;
+  int32_t first_free;
 };
 __device__ __forceinline__ Items count_items(const Params& params) {
   const auto& header = *reinterpret_cast<const gpu::Header*>(params.schedule);
@@ -178,12 +185,21 @@ __device__ __forceinline__ Items count_items(const Params& params) {
   const int heads = params.kv_heads.divisor;
   const bool are_pairs = tile_rows > kRows;
   const int parts = are_pairs ? (tile_rows + 2 * kRows - 1) / (2 * kRows) : 1;
-  const int units = header.num_matrix_units * parts;
-  return {are_pairs, parts, units, units * heads, stream_units * heads};
+  const int units = header.num_matrix_units * parts, ctas = params.num_ctas;
+  const int matrix_ctas = are_pairs ? max(min(header.matrix_ctas, ctas), 1) : ctas;
+  return {are_pairs,
+          parts,
+          units,
+          units * heads,
+          stream_units * heads,
+          matrix_ctas,
+          matrix_ctas < ctas ? max(header.stream_rounds, 0) : 0,
+          are_pairs ? header.first_free : 0};
 }
 // Of the CTA.
 __device__ __forceinline__ bool has_pairs(const Items& items) {
-  return items.are_pairs && static_cast<int>(blockIdx.x) < items.num_matrix;
+  return items.are_pairs &&
+         static_cast<int>(blockIdx.x) < min(items.num_matrix, items.matrix_ctas);
 }
 
 // The query head of a row of an item; `packed` counts from the unit's first row.

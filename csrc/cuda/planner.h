@@ -50,13 +50,18 @@ struct Costs {
   float matrix_slots[3];  // more than 32, fewer; such units that an SM runs at once
   float stream_slots;     // stream units that an SM runs at once
   float stream_rows;      // packed rows that a stream kernel takes at once
+  // Of stream units beside matrix units on other SMs: one KV token on an SM of their own, and so
+  // many SMs that have all of the memory's rate.
+  float beside_token;
+  float beside_sms;
 };
 
-constexpr Costs kPackedCosts{10, 600, 12, 0, 2500, 12, {14, 12, 12}, {1, 2, 2}, 2, kStreamRows};
-constexpr Costs kPlainCosts{30, 400, 20, 10, 2500, 14, {26, 22, 20}, {1, 2, 3}, 3, 16};
+constexpr Costs kPackedCosts{10, 600, 12, 0, 2500, 12, {14, 12, 12}, {1, 2, 2}, 2, kStreamRows, 8, 66};
+constexpr Costs kPlainCosts{30, 400, 20, 10, 2500, 14, {26, 22, 20}, {1, 2, 3}, 3, 16, 0, 0};
 
 constexpr int kTileRows = 128;     // packed rows
 constexpr int kAlignRows = 96;     // tiles are aligned to a level of this many rows a group
+constexpr int kMoreRounds = 4;     // of matrix units that are tried, from the fewest on
 constexpr int kGatherTokens = 48;  // a piece up to this long is walked as granules
 
 // Bounds that keep all sums within 32 bits; the launcher refuses more groups.
@@ -193,6 +198,12 @@ struct alignas(16) RunSums {
   uint32_t units, items, blocks, states;
 };
 
+// How the SMs share tiles' units and stream units (Header), and how long these take.
+struct Sharing {
+  float time;
+  int matrix_ctas, stream_rounds, first_free;
+};
+
 struct Piece {
   int tile, level, group;
   int row_begin, row_end, kv_end, diagonal;
@@ -237,6 +248,7 @@ struct Planner {
   // Steps 4 and 5.
   RunSums* run_sums;                   // [2, kCandidates] of tiles, of own pieces
   int matrix_run = 0, stream_run = 0;  // blocks
+  Sharing sharing{};
   int32_t* tile_ranks;                 // the most states of a row
   int32_t* tile_units;                 // [num_tiles + 1] first matrix unit
   int32_t* tile_scratch;               // first scratch row or -1
@@ -304,8 +316,12 @@ struct Planner {
     return max_int(ceil_div(longest, candidate_runs(k)), 1);
   }
   FLASHINFER_OPS_ANYWHERE void sum_runs(RunSums* sums, int n, const Walk* walks, int longest);
-  FLASHINFER_OPS_ANYWHERE float time_of(const RunSums& sums, int run, float token, float slots,
-                                        int64_t most_units, int64_t most_states) const;
+  FLASHINFER_OPS_ANYWHERE float time_of(const RunSums& sums, int run, float token,
+                                        float slots) const;
+  FLASHINFER_OPS_ANYWHERE float time_of_states(const RunSums& sums, int64_t most_units,
+                                               int64_t most_states) const;
+  FLASHINFER_OPS_ANYWHERE Sharing share_sms(const RunSums& tiles, int run,
+                                            const RunSums& own) const;
   FLASHINFER_OPS_ANYWHERE void choose_runs(int64_t most_states);
   FLASHINFER_OPS_ANYWHERE int tile_states(int tile) const {
     return ceil_div(tile_walks[tile].blocks, matrix_run);

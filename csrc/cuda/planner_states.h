@@ -34,13 +34,10 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::sum_runs(RunSums* sums, int
   }
 }
 
-// Time of units of `run` blocks each, the longest, and of the partial states that they leave; no
-// time is as long as that of units and states that have no room. One run a walk always has.
+// Time of units of `run` blocks each, the longest.
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE float Planner<Block, Memory>::time_of(const RunSums& sums, int run,
-                                                              float token, float slots,
-                                                              int64_t most_units,
-                                                              int64_t most_states) const {
+                                                              float token, float slots) const {
   const Costs& c = in.costs;
   const float heads = static_cast<float>(in.num_kv_heads);
   const float items = max_float(sums.items * heads, 1), total = sums.blocks * heads;
@@ -52,9 +49,52 @@ FLASHINFER_OPS_ANYWHERE float Planner<Block, Memory>::time_of(const RunSums& sum
   // The half keeps a quotient that is whole from being rounded down.
   const float waves = static_cast<float>(static_cast<int>((items + at_once - 0.5f) * share));
   const float even = product(product(total, block_time) + product(items, c.unit_start), share);
-  const float states = product(sums.states * heads, in.group_size * c.state * in.inverse_sms);
+  return min_float(product(waves, unit), even + unit);
+}
+
+// And of the partial states that they leave; no time is as long as that of units and states that
+// have no room. One run a walk always has.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE float Planner<Block, Memory>::time_of_states(const RunSums& sums,
+                                                                     int64_t most_units,
+                                                                     int64_t most_states) const {
   if (sums.units > most_units || sums.states > most_states) return 1e38f;
-  return min_float(product(waves, unit), even + unit) + states;
+  return product(sums.states * static_cast<float>(in.num_kv_heads),
+                 in.group_size * in.costs.state * in.inverse_sms);
+}
+
+// Matrix units of tiles of many rows compute, stream units read: where the last round of matrix
+// units would leave SMs idle, or with a round more, fewer SMs take the matrix units and the others
+// read meanwhile.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE Sharing Planner<Block, Memory>::share_sms(const RunSums& tiles, int run,
+                                                                  const RunSums& own) const {
+  const Costs& c = in.costs;
+  const float heads = static_cast<float>(in.num_kv_heads);
+  const float block_time = kBlock * max_float(c.token_latency, c.matrix_token[0]);
+  const float unit = product(run, block_time) + c.unit_start;
+  const float most = min_float(tiles.items * heads, kMaxSum);
+  const float total = product(tiles.blocks * heads, block_time) + product(most, c.unit_start);
+  const int items = max_int(static_cast<int>(most), 1), least = ceil_div(items, in.num_sms);
+  const float own_items = min_float(own.items * heads, kMaxSum);
+  const float own_time = product(own.blocks * heads, kBlock * c.beside_token) +
+                         product(own_items, 0.5f * c.unit_start);
+  const float all = min_float(in.num_sms, c.beside_sms);
+  Sharing best{3e38f, in.num_sms, 0, 0};
+  FLASHINFER_OPS_ROLLED
+  for (int rounds = least; rounds < least + kMoreRounds; ++rounds) {
+    const int ctas = ceil_div(items, rounds), others = in.num_sms - ctas;
+    const float end = min_float(product(rounds, unit), total / ctas + unit);
+    const float meanwhile = product(min_float(others, c.beside_sms), end);
+    const float time = end + max_float(own_time - meanwhile, 0) / all;
+    if (!(time < best.time)) continue;
+    const float done = min_float(meanwhile / max_float(own_time, 1), 1);
+    const int last = items - divide(items, ctas) * ctas;
+    best = {time, ctas,
+            others > 0 ? static_cast<int>(product(done, own_items) / (2 * others)) : 0,
+            last > 0 ? last : ctas < in.num_sms ? ctas : 0};
+  }
+  return best;
 }
 
 template <class Block, class Memory>
@@ -67,15 +107,27 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::choose_runs(int64_t most_st
              own ? longest : longest_walk);
   }
   block.sync();
-  matrix_run = run_of(longest_walk, block.lowest([&](int k) {
-    return time_of(run_sums[k], run_of(longest_walk, k), c.matrix_token[tile_class],
-                   c.matrix_slots[tile_class], layout.matrix_units, most_states);
-  }));
-  if (num_own == 0) return;
-  stream_run = run_of(longest, block.lowest([&](int k) {
-    return time_of(run_sums[kCandidates + k], run_of(longest, k), c.own_token, c.stream_slots,
-                   layout.stream_units, most_states);
-  }));
+  RunSums own{};
+  if (num_own > 0) {
+    const RunSums* sums = run_sums + kCandidates;
+    const int chosen = block.lowest([&](int k) {
+      return time_of(sums[k], run_of(longest, k), c.own_token, c.stream_slots) +
+             time_of_states(sums[k], layout.stream_units, most_states);
+    });
+    stream_run = run_of(longest, chosen);
+    own = sums[chosen];
+  }
+  const bool share = in.packed && tile_class == 0 && num_own > 0;
+  const int chosen = block.lowest([&](int k) {
+    const int run = run_of(longest_walk, k);
+    const float time = share ? share_sms(run_sums[k], run, own).time
+                             : time_of(run_sums[k], run, c.matrix_token[tile_class],
+                                       c.matrix_slots[tile_class]);
+    return time + time_of_states(run_sums[k], layout.matrix_units, most_states);
+  });
+  matrix_run = run_of(longest_walk, chosen);
+  sharing = {0, in.num_sms, 0, 0};
+  if (share) sharing = share_sms(run_sums[chosen], matrix_run, own);
 }
 
 template <class Block, class Memory>
@@ -159,7 +211,7 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
     own_units[num_own] = total[1];
     *table<Header>(0) = {
         num_tokens, num_tiles, tile_tokens, total[0], total[1], total[2], max_int(in.own_part, 1),
-        {}};
+        sharing.matrix_ctas, sharing.stream_rounds, sharing.first_free, {}};
   }
   block.sync();
   const bool fits = total[0] <= layout.matrix_units && total[1] <= layout.stream_units &&

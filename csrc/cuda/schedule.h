@@ -50,7 +50,13 @@ struct Header {
   int32_t num_stream_units;
   int32_t num_partial_rows;
   int32_t stream_tokens;  // query tokens that a stream unit has at most
-  int32_t reserved[9];
+  // Of a packed schedule, how CTAs share the units where tiles have more than kStreamRows packed
+  // rows: the first `matrix_ctas` take the matrix units; the others begin with stream units, so
+  // many rounds of them, before all take the rest.
+  int32_t matrix_ctas;
+  int32_t stream_rounds;
+  int32_t first_free;  // the CTA that takes the first of the rest
+  int32_t reserved[6];
 };
 
 struct alignas(16) Tile {
