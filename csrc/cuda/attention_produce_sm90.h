@@ -66,7 +66,9 @@ class Producer {
     const int rest = ahead + (turn < 0 ? turn + grid : turn) + consumer * grid;
     const bool begins = other >= 0 && ahead > 0;
     const int num_matrix = pairs == items.are_pairs ? items.num_matrix : 0;
-    const int32_t words[] = {pairs ? cta : begins ? other + consumer * others : rest,
+    const int32_t words[] = {pairs    ? cta
+                             : begins ? other + consumer * others
+                                      : rest,
                              begins ? kConsumers * others : 0,
                              begins ? ahead : 0,
                              rest,

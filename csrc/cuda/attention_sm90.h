@@ -198,8 +198,7 @@ __device__ __forceinline__ Items count_items(const Params& params) {
 }
 // Of the CTA.
 __device__ __forceinline__ bool has_pairs(const Items& items) {
-  return items.are_pairs &&
-         static_cast<int>(blockIdx.x) < min(items.num_matrix, items.matrix_ctas);
+  return items.are_pairs && static_cast<int>(blockIdx.x) < min(items.num_matrix, items.matrix_ctas);
 }
 
 // The query head of a row of an item; `packed` counts from the unit's first row.

@@ -56,7 +56,8 @@ struct Costs {
   float beside_sms;
 };
 
-constexpr Costs kPackedCosts{10, 600, 12, 0, 2500, 12, {14, 12, 12}, {1, 2, 2}, 2, kStreamRows, 8, 66};
+constexpr Costs kPackedCosts{10,           600,       12, 0,           2500, 12,
+                             {14, 12, 12}, {1, 2, 2}, 2,  kStreamRows, 8,    66};
 constexpr Costs kPlainCosts{30, 400, 20, 10, 2500, 14, {26, 22, 20}, {1, 2, 3}, 3, 16, 0, 0};
 
 constexpr int kTileRows = 128;     // packed rows
@@ -249,10 +250,10 @@ struct Planner {
   RunSums* run_sums;                   // [2, kCandidates] of tiles, of own pieces
   int matrix_run = 0, stream_run = 0;  // blocks
   Sharing sharing{};
-  int32_t* tile_ranks;                 // the most states of a row
-  int32_t* tile_units;                 // [num_tiles + 1] first matrix unit
-  int32_t* tile_scratch;               // first scratch row or -1
-  int32_t* own_units;                  // [num_own + 1] first stream unit
+  int32_t* tile_ranks;    // the most states of a row
+  int32_t* tile_units;    // [num_tiles + 1] first matrix unit
+  int32_t* tile_scratch;  // first scratch row or -1
+  int32_t* own_units;     // [num_own + 1] first stream unit
 
   // Writes the schedule, or returns false where `memory` is too small.
   FLASHINFER_OPS_ANYWHERE bool run() {

@@ -90,9 +90,10 @@ FLASHINFER_OPS_ANYWHERE Sharing Planner<Block, Memory>::share_sms(const RunSums&
     if (!(time < best.time)) continue;
     const float done = min_float(meanwhile / max_float(own_time, 1), 1);
     const int last = items - divide(items, ctas) * ctas;
-    best = {time, ctas,
-            others > 0 ? static_cast<int>(product(done, own_items) / (2 * others)) : 0,
-            last > 0 ? last : ctas < in.num_sms ? ctas : 0};
+    best = {time, ctas, others > 0 ? static_cast<int>(product(done, own_items) / (2 * others)) : 0,
+            last > 0            ? last
+            : ctas < in.num_sms ? ctas
+                                : 0};
   }
   return best;
 }
@@ -120,9 +121,9 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::choose_runs(int64_t most_st
   const bool share = in.packed && tile_class == 0 && num_own > 0;
   const int chosen = block.lowest([&](int k) {
     const int run = run_of(longest_walk, k);
-    const float time = share ? share_sms(run_sums[k], run, own).time
-                             : time_of(run_sums[k], run, c.matrix_token[tile_class],
-                                       c.matrix_slots[tile_class]);
+    const float time =
+        share ? share_sms(run_sums[k], run, own).time
+              : time_of(run_sums[k], run, c.matrix_token[tile_class], c.matrix_slots[tile_class]);
     return time + time_of_states(run_sums[k], layout.matrix_units, most_states);
   });
   matrix_run = run_of(longest_walk, chosen);
@@ -209,9 +210,17 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
   if (block.thread() == 0) {
     tile_units[num_tiles] = total[0];
     own_units[num_own] = total[1];
-    *table<Header>(0) = {
-        num_tokens, num_tiles, tile_tokens, total[0], total[1], total[2], max_int(in.own_part, 1),
-        sharing.matrix_ctas, sharing.stream_rounds, sharing.first_free, {}};
+    *table<Header>(0) = {num_tokens,
+                         num_tiles,
+                         tile_tokens,
+                         total[0],
+                         total[1],
+                         total[2],
+                         max_int(in.own_part, 1),
+                         sharing.matrix_ctas,
+                         sharing.stream_rounds,
+                         sharing.first_free,
+                         {}};
   }
   block.sync();
   const bool fits = total[0] <= layout.matrix_units && total[1] <= layout.stream_units &&
