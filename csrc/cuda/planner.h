@@ -6,7 +6,7 @@
 //      tile, level, group; each is walked by its tile (as granules
 //      or as a segment) or owned, whichever the costs say
 //   4. how long a run of KV a unit takes, by trying numbers of runs planner_states.h
-//      against the cost model
+//      against the cost model; which SMs take which units
 //   5. ranks of states, places of units and of scratch rows
 //   6. units                                                        planner_units.h
 //
