@@ -7,6 +7,7 @@
 // one consumer computes weights, the other one has the matrix unit.
 #pragma once
 
+#include "cuda/attention_blocks_sm90.h"
 #include "cuda/attention_softmax_sm90.h"
 #include "cuda/attention_store_sm90.h"
 
@@ -26,142 +27,51 @@ class Consumer {
         lane_(thread % 32),
         q_tile_(tile_descriptor(shared_address(shared.q) + number * S::kQueryBytes)),
         k_tiles_(tile_descriptor(shared_address(shared.k))),
-        v_tiles_(tile_descriptor(shared_address(shared.v), S::kAtomBytes)) {}
+        v_tiles_(tile_descriptor(shared_address(shared.v), S::kAtomBytes)),
+        blocks_(shared, number) {}
 
   __device__ __forceinline__ void run() {
-    if (!has_pairs(count_items(params_))) go_alone();
-    bool more = find_block();
+    if (!has_pairs(count_items(params_))) blocks_.go_alone();
+    bool more = blocks_.find();
     Work work;
-    if (more) work = begin_work();
+    if (more) work = begin_work(blocks_.item(), blocks_.are_pairs());
     while (more) {
-      const bool is_pair = work.is_pair;
-      const int (&token)[2] = work.token;
-      arrivals_ = is_pair ? 1 : kConsumers;
+      blocks_.share(work.is_pair);
       begin_item();
-      // A pair item has much to compute: its consumers take turns on the matrix unit, which goes
-      // from the next step's scores to a step's values, while the other consumer computes weights.
-      // A solo item waits for memory: its values are done with before it waits for the next keys.
-      if (is_pair && number_ == 1) pass_turn();
-      for (bool last = false; !last;) {
-        bool ready = false;
-        Step step = find_step<kPresent>();
+      Step step = blocks_.template find_step<kPresent>();
+      if (work.is_pair && number_ == 1) pass_turn();
+      for (;;) {
         show(step, step);
-        if (is_pair) wait_for_turn();
-        multiply<0>(step, step, token, is_pair, ready);
-        while (is_pair && !step.last) {
-          // Most blocks of a long walk: nothing needs to be asked about them.
-          if (plain_ >= kStepBlocks) {
-            do {
-              const Step next = next_plain_step();
-              if (!ready) {
-                wait_for_values(step);
-                wait_for_keys(next);
-              }
-              show(step, next);
-              wait_for_turn();
-              multiply_blocks<kStepBlocks, kStepBlocks, true>(step, next, token, true, ready);
-              release_values<true>(step);
-              step = next;
-              plain_ -= kStepBlocks;
-            } while (plain_ >= kStepBlocks);
-            ready = false;  // no entry was asked for
-          }
-          Step next;
-          if (ready) next = find_step<kKnown>();
-          if (!ready) {
-            wait_for_values(step);
-            next = find_step<kNext>();
-          }
-          show(step, next);
-          wait_for_turn();
-          multiply<kStepBlocks>(step, next, token, is_pair, ready);
-          release_values<true>(step);
-          step = next;
-        }
-        if (kStepBlocks == 1 || step.count == 1) {
-          finish<1>(step, is_pair);
-        } else {
-          finish<kStepBlocks>(step, is_pair);
-        }
-        release_values(step);
-        last = step.last;
-        stage_.advance(step_);
-        if (!last) find_block();
+        weigh(step, work.token);
+        Step next;
+        if (work.is_pair) serve_full_steps(step, next, work.token);
+        finish(step);
+        if (step.last) break;
+        step = work.is_pair ? next : blocks_.template find_step<kNext>();
       }
-      if (is_pair && number_ == 0) pass_turn();
+      if (work.is_pair) end_turns();
       // What comes after the item may be long in coming, and only once these stages are free.
-      more = find_block();
+      blocks_.advance();
+      more = blocks_.find();
       const Work done = work;
       // The next queries are on their way while this output is stored.
-      if (more) work = begin_work();
+      if (more) work = begin_work(blocks_.item(), blocks_.are_pairs());
       store_state<T, kHeadDim>(params_, done, output_, sums_, lane_);
     }
   }
 
  private:
+  using Step = BlockStep<S::kStepBlocks>;
   static constexpr int kStepBlocks = S::kStepBlocks;
   // The matrix unit takes up to 128 columns of the output at once here.
   static constexpr int kPartDim = kHeadDim < 128 ? kHeadDim : 128;
   static constexpr int kParts = kHeadDim / kPartDim;
 
-  // One or two blocks of an item, and where they are.
-  struct Step {
-    int count;
-    int last;      // not 0: of the item
-    int gathered;  // not 0: in part
-    int masked[kStepBlocks];
-    int stage[kStepBlocks], parity[kStepBlocks];
-  };
-
-  // Waits for the present block; false when there is none.
-  __device__ __forceinline__ bool find_block() {
-    read_entry(true);
-    if (flags_ & flag::kSolo) {
-      __syncwarp();
-      if (lane_ == 0) {
-        barrier_arrive(&shared_.k_empty[stage_.index]);
-        barrier_arrive(&shared_.v_empty[stage_.index]);
-      }
-      stage_.advance();
-      go_alone();
-      read_entry(true);
-    }
-    return !(flags_ & flag::kStop);
-  }
-  // From here on the consumer has every other stage.
-  __device__ __forceinline__ void go_alone() {
-    step_ = kConsumers;
-    stage_.align(number_);
-  }
-  __device__ __forceinline__ void read_entry(bool wait) {
-    if (wait) barrier_wait(&shared_.entry_full[stage_.index], stage_.parity);
-    const int4 head = *reinterpret_cast<const int4*>(&shared_.entries[stage_.index].flags);
-    flags_ = head.x;
-    gathered_ = head.y;
-    plain_ = head.z;
-  }
-
-  // A stage's arrivals are those of both consumers; one that serves a block alone arrives twice.
-  template <bool kFull>
-  __device__ __forceinline__ void release(const Step& step, uint64_t (&barriers)[S::kStages]) {
-    __syncwarp();
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      const bool mine = lane_ == 0 && (b == 0 || kFull || b < step.count);
-      barrier_arrive_if(mine, &barriers[step.stage[b]], kFull ? 1 : arrivals_);
-    }
-  }
-  // kFull: a step of a pair item with all its blocks.
-  template <bool kFull = false>
-  __device__ __forceinline__ void release_values(const Step& step) {
-    release<kFull>(step, shared_.v_empty);
-  }
-
-  // The present block's item; its queries are asked for.
-  __device__ __forceinline__ Work begin_work() {
+  // An item whose queries are asked for.
+  __device__ __forceinline__ Work begin_work(const Item& item, bool is_pair) {
     Work work;
-    work.item = shared_.entries[stage_.index].item;
-    work.is_pair = flags_ & flag::kPair;
+    work.item = item;
+    work.is_pair = is_pair;
     // A consumer's rows of a pair item begin after the other's.
     const int first_packed = work.item.first_packed + (work.is_pair ? number_ * kRows : 0);
 #pragma unroll
@@ -170,20 +80,28 @@ class Consumer {
       work.token[i] = work.item.first_token + params_.group_size.divide(work.packed[i]);
     }
     if constexpr (S::kQueryBytes > 0) copy_queries(work.item, first_packed);
-    // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
+    // Of its two rows a thread asks for every fourth 16 bytes.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const char* row =
-          params_.q + lane_ % 4 * 4 +
+          params_.q + lane_ % 4 * 16 +
           row_offset(params_, work.item, work.token[i], work.packed[i], params_.q_stride);
       const bool live = work.token[i] < work.item.end_token;
 #pragma unroll
-      for (int j = 0; j < S::kQueryAtoms * 8; ++j) {
-        queries_[j / 2][j % 2 * 2 + i] =
-            live ? __ldg(reinterpret_cast<const uint32_t*>(row + j * 16)) : 0;
+      for (int j = 0; j < S::kQueryAtoms * 8; j += 4) {
+        uint4 x{};
+        if (live) x = __ldg(reinterpret_cast<const uint4*>(row + j * 16));
+        query(j, i) = x.x;
+        query(j + 1, i) = x.y;
+        query(j + 2, i) = x.z;
+        query(j + 3, i) = x.w;
       }
     }
     return work;
+  }
+  // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
+  __device__ __forceinline__ uint32_t& query(int j, int row) {
+    return queries_[j / 2][j % 2 * 2 + row];
   }
 
   // The other queries, to the consumer's tile in shared memory.
@@ -212,6 +130,14 @@ class Consumer {
 #pragma unroll
     for (int j = 0; j < kHeadDim / 2; ++j) output_[j / (kPartDim / 2)][j % (kPartDim / 2)] = 0;
     sums_ = {};
+    // From 16 bytes of a row that each of four lanes has to the pairs of elements that it needs.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < S::kQueryAtoms * 8; j += 4) {
+        transpose(query(j, i), query(j + 1, i), query(j + 2, i), query(j + 3, i), lane_);
+      }
+    }
   }
 
   // Descriptors count in units of 16 bytes.
@@ -220,76 +146,13 @@ class Consumer {
     return (tiles & 0xFFFFFFFF00000000) | low;
   }
 
+  // The consumers of a pair item take turns. The second one passes the first turn; in the end, both
+  // have waited as often as the other one has passed, and no turn of the next item has come.
   __device__ __forceinline__ void wait_for_turn() { sync_threads(3 + number_, 2 * kWarpgroup); }
   __device__ __forceinline__ void pass_turn() { arrive_threads(3 + (number_ ^ 1), 2 * kWarpgroup); }
-
-  // The present block, or the next one, and the one behind it where that is the item's too, when
-  // their keys are there. They are known to be there, or waited for.
-  enum Finding { kPresent, kNext, kKnown };
-  template <Finding kFinding>
-  __device__ __forceinline__ Step find_step() {
-    Step step{};
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      if (b > 0 && (step.count < b || (flags_ & flag::kLast))) break;
-      if (b > 0 || kFinding != kPresent) {
-        stage_.advance(step_);
-        read_entry(kFinding != kKnown);
-      }
-      step.count = b + 1;
-      step.last = flags_ & flag::kLast;
-      step.stage[b] = stage_.index;
-      step.parity[b] = stage_.parity;
-      step.masked[b] = flags_ & flag::kMasked;
-      step.gathered |= gathered_;
-      if (kFinding != kKnown) barrier_wait(&shared_.k_full[stage_.index], stage_.parity);
-    }
-    return step;
-  }
-
-  // The next blocks, which are known to be plain; they need not be there.
-  __device__ __forceinline__ Step next_plain_step() {
-    Step step{};
-    step.count = kStepBlocks;
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      stage_.advance();
-      step.stage[b] = stage_.index;
-      step.parity[b] = stage_.parity;
-    }
-    return step;
-  }
-
-  // Whether the step's values and the next step's blocks and keys are there, without a wait. The
-  // step is full and not the item's last.
-  // What a barrier guards must not be read here: the answer and a read side by side are unordered.
-  template <bool kPlain>
-  __device__ __forceinline__ bool look_ahead(const Step& step) const {
-    RingPlace<S::kStages> stage = stage_;
-    bool ready = true;
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      ready &= barrier_done(&shared_.v_full[step.stage[b]], step.parity[b]);
-      stage.advance();
-      // One block may be the item's last; then the next item's is asked for in vain.
-      if (!kPlain) ready &= barrier_done(&shared_.entry_full[stage.index], stage.parity);
-      ready &= barrier_done(&shared_.k_full[stage.index], stage.parity);
-    }
-    return __all_sync(~0u, ready);
-  }
-
-  __device__ __forceinline__ void wait_for_values(const Step& step) {
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      if (b < step.count) barrier_wait(&shared_.v_full[step.stage[b]], step.parity[b]);
-    }
-  }
-
-  __device__ __forceinline__ void wait_for_keys(const Step& step) {
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      barrier_wait(&shared_.k_full[step.stage[b]], step.parity[b]);
-    }
+  __device__ __forceinline__ void end_turns() {
+    wait_for_turn();
+    if (number_ == 0) pass_turn();
   }
 
   // The matrix unit sees what bulk copies wrote; what threads copied it sees behind a fence.
@@ -297,36 +160,69 @@ class Consumer {
     if (step.gathered || next.gathered) fence_async_proxy();
   }
 
-  // Starts the products of the next step's scores and then those of a step's weights and values.
-  // The next weights are computed as soon as the scores are there, beside the other products.
-  template <int kBlocks>
-  __device__ __forceinline__ void multiply(const Step& step, const Step& next,
-                                           const int (&token)[2], bool is_pair, bool& ready) {
-    if (kStepBlocks == 1 || next.count == 1) {
-      multiply_blocks<kBlocks, 1, false>(step, next, token, is_pair, ready);
+  // A step's scores to weights, and the former output in proportion to them.
+  __device__ __forceinline__ void weigh(const Step& step, const int (&token)[2]) {
+    const bool full = kStepBlocks > 1 && step.count == kStepBlocks;
+    if (full) {
+      multiply_keys<kStepBlocks>(step);
     } else {
-      multiply_blocks<kBlocks, kStepBlocks, false>(step, next, token, is_pair, ready);
+      multiply_keys<1>(step);
+    }
+    blocks_.release(step, shared_.k_empty);
+    mask(step, token);
+    const float2 rescale = exponentiate(scores_, sums_, params_.scale_log2, full);
+    if (__any_sync(~0u, changes(rescale))) rescale_output(output_, rescale);
+    pack_weights<T>(scores_, weights_);
+  }
+
+  // The full steps behind a step whose weights are there. Then that is the last full one, still to
+  // be finished, and the next one, if there is any, has fewer blocks. A pair item has much to
+  // compute: its consumers take turns on the matrix unit, which goes from the next step's scores to
+  // a step's values, while the other consumer computes weights.
+  __device__ __forceinline__ void serve_full_steps(Step& step, Step& next, const int (&token)[2]) {
+    while (!step.last) {
+      bool ready = false;
+      // Most blocks of a long walk: nothing needs to be asked about them.
+      while (blocks_.plain() >= kStepBlocks) {
+        next = blocks_.next_plain_step();
+        if (!ready) {
+          blocks_.wait_for_values(step);
+          blocks_.wait_for_keys(next);
+        }
+        ready = multiply<true>(step, next, token);
+        step = next;
+      }
+      ready = false;  // no entry was asked for
+      do {
+        if (!ready) blocks_.wait_for_values(step);
+        next = blocks_.template find_step<kNext>(ready);
+        if (next.count < kStepBlocks) return;
+        ready = multiply<false>(step, next, token);
+        step = next;
+      } while (!step.last && blocks_.plain() < kStepBlocks);
     }
   }
 
-  template <int kBlocks, int kNextBlocks, bool kPlain>
-  __device__ __forceinline__ void multiply_blocks(const Step& step, const Step& next,
-                                                  const int (&token)[2], bool is_pair,
-                                                  bool& ready) {
+  // The products of the next step's scores and of a step's weights and values, both full; then the
+  // next weights. Whether look_ahead() finds what comes next.
+  template <bool kPlain>
+  __device__ __forceinline__ bool multiply(const Step& step, const Step& next,
+                                           const int (&token)[2]) {
+    show(step, next);
+    wait_for_turn();
     pin_scores();
     pin_output();
     wgmma_fence();
-    start_scores<kNextBlocks>(next);
-    start_values<kBlocks>(step);
-    if (is_pair) pass_turn();
-    if (kNextBlocks == kStepBlocks && is_pair) ready = look_ahead<kPlain>(next);
-    wgmma_wait<(kBlocks > 0)>();
+    start_scores<kStepBlocks>(next);
+    start_values<kStepBlocks>(step);
+    pass_turn();
+    const bool ready = blocks_.template look_ahead<kPlain>(next);
+    wgmma_wait<1>();
     pin_scores();
-    release<kPlain>(next, shared_.k_empty);
-    if (!kPlain) mask<kNextBlocks>(next, token);
-    const float2 rescale = exponentiate<kNextBlocks>(scores_, sums_, params_.scale_log2);
-    const bool same = rescale.x == 1 && rescale.y == 1 && sums_.total[0] == sums_.total[0] &&
-                      sums_.total[1] == sums_.total[1];
+    blocks_.template release<true>(next, shared_.k_empty);
+    if (!kPlain) mask(next, token);
+    const float2 rescale = exponentiate(scores_, sums_, params_.scale_log2, true);
+    const bool same = !changes(rescale);
     // The compiler would put the wait before the weights. It does not know that all lanes are in
     // one of the two ballots, so that it cannot move it across this barrier, nor the sums behind.
     const uint32_t changed = __ballot_sync(~0u, !same);
@@ -334,17 +230,40 @@ class Consumer {
     wgmma_wait<0>();
     pin_scores();
     pin_output();
-    // Most steps leave the maxima of all of a warp's rows as they are.
     if (changed != 0) rescale_output(output_, rescale);
-    pack_weights<T, kNextBlocks>(scores_, weights_);
+    pack_weights<T>(scores_, weights_);
+    blocks_.template release<true>(step, shared_.v_empty);
+    return ready;
   }
 
-  // The item's last step.
-  template <int kBlocks>
-  __device__ __forceinline__ void finish(const Step& step, bool is_pair) {
-    wait_for_values(step);
+  // Most steps leave the maxima of all of a warp's rows as they are.
+  __device__ __forceinline__ bool changes(float2 rescale) const {
+    return !(rescale.x == 1 && rescale.y == 1 && sums_.total[0] == sums_.total[0] &&
+             sums_.total[1] == sums_.total[1]);
+  }
+
+  // The products of a step's weights and values.
+  __device__ __forceinline__ void finish(const Step& step) {
+    blocks_.wait_for_values(step);
     show(step, step);
-    if (is_pair) wait_for_turn();
+    if (kStepBlocks > 1 && step.count == kStepBlocks) {
+      multiply_values<kStepBlocks>(step);
+    } else {
+      multiply_values<1>(step);
+    }
+    blocks_.release(step, shared_.v_empty);
+  }
+
+  template <int kBlocks>
+  __device__ __forceinline__ void multiply_keys(const Step& step) {
+    pin_scores();
+    wgmma_fence();
+    start_scores<kBlocks>(step);
+    wgmma_wait<0>();
+    pin_scores();
+  }
+  template <int kBlocks>
+  __device__ __forceinline__ void multiply_values(const Step& step) {
     pin_output();
     wgmma_fence();
     start_values<kBlocks>(step);
@@ -388,7 +307,7 @@ class Consumer {
         }
       }
     }
-    if (kBlocks > 0) wgmma_commit();
+    wgmma_commit();
   }
 
   __device__ __forceinline__ void pin_scores() {
@@ -400,10 +319,9 @@ class Consumer {
     for (int part = 0; part < kParts; ++part) pin(output_[part]);
   }
 
-  template <int kBlocks>
   __device__ __forceinline__ void mask(const Step& step, const int (&token)[2]) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
+    for (int b = 0; b < kStepBlocks; ++b) {
       if (step.masked[b]) {
         mask_block(scores_[b], shared_.entries[step.stage[b]].seen_by, token, lane_);
       }
@@ -414,12 +332,7 @@ class Consumer {
   Shared<kHeadDim>& shared_;
   const int number_, warp_, lane_;
   const uint64_t q_tile_, k_tiles_, v_tiles_;  // descriptors
-  RingPlace<S::kStages> stage_;
-  int step_ = 1;      // from one of its blocks to the next
-  int arrivals_ = 0;  // that a warp owes a stage
-  int flags_ = 0;
-  int gathered_ = 0;
-  int plain_ = 0;  // blocks behind the present one
+  BlockReader<kHeadDim> blocks_;
   uint32_t queries_[S::kQueryAtoms > 0 ? 4 * S::kQueryAtoms : 1][4];
   uint32_t weights_[kStepBlocks][kColumns / 16][4];
   float scores_[kStepBlocks][kColumns / 2];

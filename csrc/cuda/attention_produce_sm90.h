@@ -149,6 +149,8 @@ class Producer {
 
   __device__ __forceinline__ void publish_entry(const Block& block, bool gathered) {
     Entry& entry = shared_.entries[stage_.index];
+    // Consumers do not wait for the entries of plain blocks, so the next one to write does.
+    barrier_wait(&shared_.entry_full[stage_.index], stage_.parity ^ 1);
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c) {
       entry.seen_by[32 * c + lane_] = block.columns[c].seen_by;
@@ -159,8 +161,7 @@ class Producer {
       entry.plain = block.plain;
       entry.item = block.item;
     }
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(&shared_.entry_full[stage_.index]);
+    barrier_arrive(&shared_.entry_full[stage_.index]);
   }
 
   // A stage that holds no block.
@@ -168,12 +169,12 @@ class Producer {
     const int stage = stage_.index, parity = stage_.parity;
     barrier_wait(&shared_.k_empty[stage], parity ^ 1);
     barrier_wait(&shared_.v_empty[stage], parity ^ 1);
-    __syncwarp();  // all lanes have waited
+    barrier_wait(&shared_.entry_full[stage], parity ^ 1);
     if (lane_ == 0) {
       shared_.entries[stage].flags = flags;
       barrier_arrive(&shared_.k_full[stage], 1 + 32);
       barrier_arrive(&shared_.v_full[stage], 1 + 32);
-      barrier_arrive(&shared_.entry_full[stage]);
+      barrier_arrive(&shared_.entry_full[stage], 32);
     }
   }
 
@@ -211,8 +212,8 @@ class Producer {
       for (int i = 0; i < kAtOnce; ++i) {
         // chunk_offset of that row: its number and the first one's have no bit in common.
         const int further = (step + i) * kRowStep;
-        copy_async((to ^ (further & 7) << 4) + further * 128, row[i] + chunk * 16,
-                   live_here & 1 << further);
+        copy_async_once((to ^ (further & 7) << 4) + further * 128, row[i] + chunk * 16,
+                        live_here & 1 << further);
       }
     }
   }

@@ -31,11 +31,11 @@ __device__ __forceinline__ void init_barriers(Shared<kHeadDim>& shared, int thre
     if (thread >= 0 && thread < kCount) barrier_init(&barriers[thread], arrivals);
     thread -= kCount;
   };
-  init(shared.entry_full, 1);
+  init(shared.entry_full, 32);
   init(shared.k_full, 1 + 32);
   init(shared.v_full, 1 + 32);
-  init(shared.k_empty, kConsumerWarps);
-  init(shared.v_empty, kConsumerWarps);
+  init(shared.k_empty, kConsumers * kWarpgroup);
+  init(shared.v_empty, kConsumers * kWarpgroup);
   fence_barrier_init();
 }
 

@@ -28,7 +28,6 @@ using gpu::kMaxLevels;
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kConsumers = 2;
-constexpr int kConsumerWarps = 4 * kConsumers;
 constexpr int kRows = 64;     // packed rows of a consumer
 constexpr int kColumns = 64;  // KV tokens of a stage
 constexpr int kRun = 16;      // of them, neighbours in a page, are copied at once

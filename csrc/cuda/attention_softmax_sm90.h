@@ -32,26 +32,30 @@ __device__ __forceinline__ void mask_block(float (&scores)[kColumns / 2], const 
   }
 }
 
-// The scores of kBlocks blocks to weights 2^(score scale - m), in place; what was summed before
-// must become relative to the new maximum, by the factors that are returned.
-template <int kBlocks, int kMost>
+// The scores of kMost blocks, or of the first one only where not `full`, to weights
+// 2^(score scale - m), in place; what was summed before must become relative to the new maximum, by
+// the factors that are returned.
+template <int kMost>
 __device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns / 2], RowSums& sums,
-                                               float scale) {
-  constexpr int kPairs = kBlocks * kColumns / 8;  // of neighbouring columns, in each row
-  const auto pair = [&](int i, int j) {
-    return &scores[j / (kColumns / 8)][4 * (j % (kColumns / 8)) + 2 * i];
+                                               float scale, bool full) {
+  static_assert(kMost <= 2);
+  const auto each_block = [&](auto f) {
+    f(scores[0]);
+    if (kMost > 1 && full) f(scores[kMost - 1]);
   };
   float rescale[2], base[2];
   // Several maxima and sums at a time: one operation need not wait for the last.
   float peaks[2][2] = {{sums.peak[0], sums.peak[0]}, {sums.peak[1], sums.peak[1]}};
+  each_block([&](float (&block)[kColumns / 2]) {
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
+    for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float* x = pair(i, j);
-      peaks[i][j % 2] = fmaxf(peaks[i][j % 2], fmaxf(x[0], x[1]));
+      for (int i = 0; i < 2; ++i) {
+        const float* x = &block[4 * j + 2 * i];
+        peaks[i][j % 2] = fmaxf(peaks[i][j % 2], fmaxf(x[0], x[1]));
+      }
     }
-  }
+  });
 #pragma unroll
   for (int i = 0; i < 2; ++i) peaks[i][0] = fmaxf(peaks[i][0], peaks[i][1]);
 #pragma unroll
@@ -70,18 +74,20 @@ __device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns /
     sums.peak[i] = peaks[i][0];
   }
   float totals[2][2] = {};
+  each_block([&](float (&block)[kColumns / 2]) {
 #pragma unroll
-  for (int j = 0; j < kPairs; ++j) {
+    for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float* x = pair(i, j);
+      for (int i = 0; i < 2; ++i) {
+        float* x = &block[4 * j + 2 * i];
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        x[c] = exp2_fast(fmaf(x[c], scale, -base[i]));
-        totals[i][c] += x[c];
+        for (int c = 0; c < 2; ++c) {
+          x[c] = exp2_fast(fmaf(x[c], scale, -base[i]));
+          totals[i][c] += x[c];
+        }
       }
     }
-  }
+  });
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     sums.total[i] = fmaf(sums.total[i], rescale[i], totals[i][0] + totals[i][1]);
@@ -90,11 +96,11 @@ __device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns /
 }
 
 // Weights, packed as the matrix unit takes them.
-template <class T, int kBlocks, int kMost>
+template <class T, int kMost>
 __device__ __forceinline__ void pack_weights(const float (&scores)[kMost][kColumns / 2],
                                              uint32_t (&weights)[kMost][kColumns / 16][4]) {
 #pragma unroll
-  for (int b = 0; b < kBlocks; ++b) {
+  for (int b = 0; b < kMost; ++b) {
 #pragma unroll
     for (int k = 0; k < kColumns / 16; ++k) {
 #pragma unroll

@@ -20,6 +20,15 @@ __device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int lane
   (upper ? low : high) = other;
 }
 
+// Of four lanes, each with four words: the words of one number to each.
+__device__ __forceinline__ void transpose(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                          int lane) {
+  exchange<1>(a, b, lane);
+  exchange<1>(c, d, lane);
+  exchange<2>(a, c, lane);
+  exchange<2>(b, d, lane);
+}
+
 // Row i of the thread's two. Four lanes hold a row, each two neighbours of every eight elements;
 // they exchange them so that each stores 16 bytes at once.
 template <class T, int kParts, int kPart>
@@ -35,10 +44,7 @@ __device__ __forceinline__ void store_row(char* row, const float (&output)[kPart
         const float* x = &output[part][4 * (j + w) + 2 * i];
         words[w] = pack<T>(x[0] * factor, x[1] * factor);
       }
-      exchange<1>(words[0], words[1], lane);
-      exchange<1>(words[2], words[3], lane);
-      exchange<2>(words[0], words[2], lane);
-      exchange<2>(words[1], words[3], lane);
+      transpose(words[0], words[1], words[2], words[3], lane);
       const int column = part * kPart * 2 + (j + lane % 4) * 8;
       if (live) {
         *reinterpret_cast<uint4*>(row + column * 2) =
