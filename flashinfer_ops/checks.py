@@ -24,6 +24,20 @@ def check_tensor(name: str, value: Any, dim: int | None = None) -> None:
         )
 
 
+def fits(value: Any, shape: Sequence[int], dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether all is well with a tensor: a caller then need not look for what is not.
+
+    Without a dtype, any floating one will do.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and (value.dtype == dtype if dtype is not None else value.is_floating_point())
+        and value.device == device
+        and not (value.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def check_like(name: str, value: Tensor, shape: Sequence[int], like_name: str) -> None:
     if value.shape != tuple(shape):
         raise ValueError(

@@ -26,6 +26,7 @@ from .checks import (
     check_like,
     check_tensor,
     check_unit_stride,
+    fits,
     refuse_grad,
 )
 
@@ -268,6 +269,16 @@ def _check_state(names: Sequence[str], state: Sequence[Any], like_name: str, lik
 
 def _check_pair(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
     per_state = len(names) // 2
-    check_tensor(names[0], tensors[0], dim=3)
+    v = tensors[0]
+    check_tensor(names[0], v, dim=3)
+    shape, dtype, device = v.shape, v.dtype, v.device
+    if dtype in KERNEL_DTYPES:
+        scalars = shape[:2]
+        for i, tensor in enumerate(tensors):
+            is_v = i % per_state == 0
+            if not fits(tensor, shape if is_v else scalars, dtype if is_v else None, device):
+                break
+        else:
+            return
     for i in (0, per_state):
         _check_state(names[i : i + per_state], tensors[i : i + per_state], names[0], tensors[0])
