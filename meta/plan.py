@@ -88,6 +88,7 @@ class GpuSchedule(NamedTuple):
     The same sums as `Layout` in `csrc/cuda/schedule.h`.
     """
 
+    list_at: int
     tile_at: int
     matrix_at: int
     stream_at: int
@@ -103,7 +104,8 @@ def _gpu_schedule(num_groups: Sequence[int]) -> GpuSchedule:
     levels, groups = len(num_groups), sum(num_groups)
     tiles = 256 + num_groups[-1]
     pieces = groups + levels * tiles
-    matrix_at = HEADER_WORDS + 8 * tiles
+    tile_at = HEADER_WORDS + 32 * 3 * 144
+    matrix_at = tile_at + 8 * tiles
     stream_at = matrix_at + 16 * (tiles + 1024)
     segment_at = stream_at + 8 * (pieces + 1024)
     granule_at = segment_at + 8 * pieces
@@ -112,6 +114,7 @@ def _gpu_schedule(num_groups: Sequence[int]) -> GpuSchedule:
     words = work_at + 3 * groups + 2 * levels + (2 * levels + 18) * tiles + 7 * pieces + 384
     return GpuSchedule(
         HEADER_WORDS,
+        tile_at,
         matrix_at,
         stream_at,
         segment_at,

@@ -53,21 +53,19 @@ class Tables:
     tile_tokens: int
     num_partial_rows: int
     stream_tokens: int
-    matrix_ctas: int
-    stream_rounds: int
-    first_free: int
     tiles: list[list[int]]
     matrix_units: list[list[int]]
     stream_units: list[list[int]]
     segments: list[list[int]]
     granules: list[list[int]]
     own: list[list[int]]
+    lists: list[list[list[int]]]  # [3, CTAs] of a packed schedule
 
 
-def tables(schedule: Tensor, num_groups: Sequence[int]) -> Tables:
+def tables(schedule: Tensor, num_groups: Sequence[int], num_ctas: int = 0) -> Tables:
     schedule = schedule.cpu()
     layout: GpuSchedule = gpu_schedule(tuple(num_groups))
-    tokens, tiles, tile_tokens, matrix, stream, partial, *rest = schedule[:10].tolist()
+    tokens, tiles, tile_tokens, matrix, stream, partial, stream_tokens = schedule[:7].tolist()
 
     def rows(at: int, count: int, words: int) -> list[list[int]]:
         result: list[list[int]] = schedule[at : at + count * words].reshape(count, words).tolist()
@@ -80,14 +78,64 @@ def tables(schedule: Tensor, num_groups: Sequence[int]) -> Tables:
         tiles,
         tile_tokens,
         partial,
-        *rest,
+        stream_tokens,
         tile_rows,
         matrix_units,
         rows(layout.stream_at, stream, 8),
         rows(layout.segment_at, max((u[6] for u in matrix_units), default=0), 8),
         rows(layout.granule_at, max((u[4] for u in matrix_units), default=0), 8),
         rows(layout.own_at, max((t[5] for t in tile_rows), default=0), 4),
+        [
+            [live_words(words) for words in rows(layout.list_at + i * 144 * 32, num_ctas, 32)]
+            for i in range(3)
+        ],
     )
+
+
+def live_words(words: list[int]) -> list[int]:
+    """A list without what nobody writes: an empty one's unit, words behind a stream unit."""
+    item, end, num_matrix = words[19], words[24], words[25]
+    size = 0 if item >= end else 16 if item < num_matrix else 8
+    return words[:size] + [0] * (16 - size) + words[16:]
+
+
+def check_lists(t: Tables, num_kv_heads: int, group_size: int) -> None:
+    """Every item is in one list, once, pair items in those of pairs; a list begins with the unit of
+    its first item."""
+    rows = t.tile_tokens * group_size
+    parts = -(-rows // 128) if rows > 64 else 1
+    of_matrix = [
+        (head, u, part)
+        for head in range(num_kv_heads)
+        for u in range(len(t.matrix_units))
+        for part in range(parts)
+    ]
+    of_stream = [
+        (head, len(t.matrix_units) + u, 0)
+        for u in range(len(t.stream_units))
+        for head in range(num_kv_heads)
+    ]
+    units = t.matrix_units + [[*u, *[0] * 8] for u in t.stream_units]
+    kinds = (of_matrix, of_stream) if rows > 64 else ([], of_matrix + of_stream)
+    for items, lists in zip(kinds, (t.lists[:1], t.lists[1:]), strict=True):
+        met = []
+        for words in (words for of_ctas in lists for words in of_ctas):
+            head, part, has_kv, item, ahead_stride, ahead_end, rest, stride, end = words[16:25]
+            assert end == len(items)
+            first = item
+            while item < end:
+                met.append(item)
+                is_ahead = item < ahead_end
+                item += ahead_stride if is_ahead else stride
+                if is_ahead and item >= ahead_end:
+                    item = rest
+            if first < end:
+                assert (head, part) == items[first][::2]
+                unit = units[items[first][1]]
+                size = 16 if items[first][1] < len(t.matrix_units) else 8
+                assert words[:size] == unit[:size]
+                assert has_kv == (unit[15] > 0 if size == 16 else unit[6] > unit[5])
+        assert sorted(met) == list(range(len(items)))
 
 
 def check(
@@ -98,12 +146,13 @@ def check(
     page_size: int,
     causal: bool,
     packed: bool = False,
+    num_ctas: int = 0,
 ) -> Tables:
     """Every (row, KV token) pair is met by one unit, every state has scratch of its own; the walk
     of a tile is cut at whole blocks and its segments lie in it one after the other."""
     groups = [t.shape[0] - 1 for t in kv_indptr]
     layout = gpu_schedule(tuple(groups))
-    t = tables(schedule, groups)
+    t = tables(schedule, groups, num_ctas)
     assert t.num_tokens == max(int(level[-1]) for level in qo_indptr)
     assert t.num_partial_rows <= layout.partial_rows
     seen: dict[tuple[int, int, int, int], int] = {}  # (row, level, page_begin, token) -> unit

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_schedule import check, plan_on_host, tables
+from gpu_schedule import check, check_lists, plan_on_host, tables
 from helpers import Forest, forest_of, int32, random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,11 +21,13 @@ HEADS = [(4, 4), (8, 2), (8, 1), (6, 2), (7, 1), (32, 1), (200, 1)]
 
 def checked(forest: Forest, causal: bool = False, packed: bool = False, **options: Any) -> Any:
     arrays = forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len
-    schedule = plan_on_host(
-        *arrays, forest.q.shape[1], forest.cache.shape[3], forest.page_size, causal,
-        packed=packed, **options,
-    )  # fmt: skip
-    return check(schedule, *arrays, forest.page_size, causal, packed)
+    heads = forest.q.shape[1], forest.cache.shape[3]
+    schedule = plan_on_host(*arrays, *heads, forest.page_size, causal, packed=packed, **options)
+    num_ctas = options.get("num_sms", 132) if packed else 0
+    t = check(schedule, *arrays, forest.page_size, causal, packed, num_ctas)
+    if packed:
+        check_lists(t, heads[1], heads[0] // heads[1])
+    return t
 
 
 @settings(max_examples=60)
@@ -96,13 +98,21 @@ def test_some_sms_read_while_others_compute(prefix: int) -> None:
         head_dim=8,
     )  # fmt: skip
     t = checked(forest, packed=True)
-    items, others = len(t.matrix_units) * heads, sms - t.matrix_ctas
-    assert 0 < others < sms and items >= t.matrix_ctas
-    assert 2 * others * t.stream_rounds <= len(t.stream_units) * heads
-    assert t.first_free == (items % t.matrix_ctas or t.matrix_ctas)
-    assert t.stream_rounds > 0 or prefix < 4096
+    items, matrix_ctas = len(t.matrix_units) * heads, num_pair_lists(t)
+    assert 0 < matrix_ctas < sms and items >= matrix_ctas
+    ahead = {words[21] for lists in t.lists[1:] for words in lists[matrix_ctas:]}
+    assert len(ahead) == 1 and max(ahead) <= len(t.stream_units) * heads
+    assert max(ahead) > 0 or prefix < 4096
+    # What is left goes on at the first CTA that has a pair item less.
+    first_free = items % matrix_ctas or matrix_ctas
+    assert [cta for cta in range(sms) if t.lists[1][cta][22] == max(ahead)] == [first_free]
     alone = checked(forest_of([[128]], [[prefix]], num_qo_heads=8, head_dim=8), packed=True)
-    assert (alone.matrix_ctas, alone.stream_rounds, alone.first_free) == (sms, 0, 0)
+    assert num_pair_lists(alone) == min(alone.lists[0][0][24], sms)
+    assert all(words[21] == 0 for lists in alone.lists[1:] for words in lists)
+
+
+def num_pair_lists(t: Any) -> int:
+    return sum(words[19] < words[24] for words in t.lists[0])
 
 
 def test_the_longest_tile_is_no_longer_than_a_tile() -> None:
@@ -201,10 +211,9 @@ def test_a_gpu_plans_what_the_host_does(
         arrays[2].append(int32(*[(n - 1) % 16 + 1 for n in level_lengths]))
     on_gpu = [[t.to(cuda) for t in array] for array in arrays]
     schedule = torch.ops.flashinfer_ops.cascade_plan.default(*on_gpu, 32, 8, 128, 16, causal)
-    wanted = plan_on_host(
-        *arrays, 32, 8, 16, causal,
-        num_sms=torch.cuda.get_device_properties(cuda).multi_processor_count,
-        packed=torch.cuda.get_device_capability() == (9, 0),
-    )  # fmt: skip
+    sms = torch.cuda.get_device_properties(cuda).multi_processor_count
+    packed = torch.cuda.get_device_capability() == (9, 0)
+    wanted = plan_on_host(*arrays, 32, 8, 16, causal, num_sms=sms, packed=packed)
     groups = [len(level) for level in rows]
-    assert tables(schedule, groups) == tables(wanted, groups)
+    ctas = sms if packed else 0
+    assert tables(schedule, groups, ctas) == tables(wanted, groups, ctas)

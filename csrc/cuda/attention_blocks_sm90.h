@@ -59,7 +59,7 @@ class BlockReader {
   }
 
   // The present block's item, and whether both consumers serve it.
-  __device__ __forceinline__ Item item() const { return shared_.entries[stage_.index].item; }
+  __device__ __forceinline__ const Item& item() const { return shared_.entries[stage_.index].item; }
   __device__ __forceinline__ bool are_pairs() const { return flags_ & flag::kPair; }
   // From here on stages are released for an item of both consumers, or of one.
   __device__ __forceinline__ void share(bool is_pair) { arrivals_ = is_pair ? 1 : kConsumers; }

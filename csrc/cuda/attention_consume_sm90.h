@@ -31,10 +31,16 @@ class Consumer {
         blocks_(shared, number) {}
 
   __device__ __forceinline__ void run() {
-    if (!has_pairs(count_items(params_))) blocks_.go_alone();
-    bool more = blocks_.find();
+    // The first queries are asked for before there is any block.
+    const First& first = first_item();
+    if (!first.is_pair) blocks_.go_alone();
+    bool more = first.known || blocks_.find();
     Work work;
-    if (more) work = begin_work(blocks_.item(), blocks_.are_pairs());
+    if (more) {
+      work = begin_work(first.known ? first.item : blocks_.item(),
+                        first.known ? first.is_pair : blocks_.are_pairs());
+    }
+    if (first.known) blocks_.find();
     while (more) {
       blocks_.share(work.is_pair);
       begin_item();
@@ -66,6 +72,31 @@ class Consumer {
   // The matrix unit takes up to 128 columns of the output at once here.
   static constexpr int kPartDim = kHeadDim < 128 ? kHeadDim : 128;
   static constexpr int kParts = kHeadDim / kPartDim;
+
+  // Through shared memory, so that the compiler knows that lanes agree.
+  __device__ __forceinline__ const First& first_item() {
+    struct Words {
+      int4 unit, range;
+      int num_items;
+    };
+    const auto load = [&](int list) {
+      const gpu::ItemList& x = item_list(params_, list);
+      return Words{*reinterpret_cast<const int4*>(x.unit), *reinterpret_cast<const int4*>(&x.items),
+                   x.items.num_items};
+    };
+    const Words pairs = load(0), own = load(1 + number_);
+    const bool is_pair = pairs.range.w < pairs.num_items;
+    const auto its = [&](int p, int o) { return is_pair ? p : o; };
+    const Item item = make_item(params_, its(pairs.unit.x, own.unit.x),
+                                its(pairs.unit.y, own.unit.y), its(pairs.unit.z, own.unit.z),
+                                its(pairs.range.x, own.range.x), its(pairs.range.y, own.range.y));
+    const Tokens tokens = tokens_of(params_, item, is_pair);
+    const bool has_kv = is_pair ? pairs.range.z : own.range.w < own.num_items && own.range.z;
+    First& first = shared_.first[number_];
+    if (warp_ == 0 && lane_ == 0) first = {is_pair, has_kv && tokens.first <= tokens.last, item};
+    sync_threads(1 + number_, kWarpgroup);
+    return first;
+  }
 
   // An item whose queries are asked for.
   __device__ __forceinline__ Work begin_work(const Item& item, bool is_pair) {

@@ -7,6 +7,8 @@
 // together.
 #pragma once
 
+#include <cstddef>
+
 #include "cuda/attention_sm90.h"
 
 namespace flashinfer_ops::sm90 {
@@ -20,13 +22,16 @@ struct Column {
   int2 seen_by;
 };
 
-// Which items: numbers kFirst, kFirst + kAheadStride, ... below kAhead, then kRest,
-// kRest + kStride, ... below kItems; the first kMatrix are those of matrix units, by head, unit and
-// part of the unit's rows.
+// Words of an ItemList.
 namespace list {
-constexpr int kFirst = 0, kAheadStride = 1, kAhead = 2, kRest = 3, kStride = 4, kItems = 5;
-constexpr int kMatrix = 6, kUnitsAHead = 7, kParts = 8;
+constexpr int kHead = 16, kPart = 17, kHasKv = 18, kItem = 19, kAheadStride = 20, kAheadEnd = 21;
+constexpr int kRest = 22, kStride = 23, kItems = 24, kMatrix = 25, kUnitsAHead = 26, kParts = 27;
+static_assert(offsetof(gpu::ItemList, items) == 4 * kHead);
+static_assert(offsetof(gpu::ItemRange, parts) == 4 * (kParts - kHead));
 }  // namespace list
+
+// Of words that a warp holds, one a lane.
+__device__ __forceinline__ int32_t word(int32_t words, int i) { return __shfl_sync(~0u, words, i); }
 
 struct Block {
   int flags;
@@ -44,9 +49,11 @@ class Cursor {
         pairs_(pairs),
         list_words_(list_words),
         lane_(lane),
-        next_item_(word(list_words, list::kFirst)) {
-    fetch();
-  }
+        next_item_(word(list_words, list::kItem)),
+        next_words_(list_words),
+        next_head_(word(list_words, list::kHead)),
+        next_part_(word(list_words, list::kPart)),
+        next_is_matrix_(next_item_ < word(list_words, list::kMatrix)) {}
 
   // Goes on to the next block of the list; false at its end. What the block is, only if it is mine.
   __device__ __forceinline__ bool next_block(bool mine, Block& block) {
@@ -65,9 +72,6 @@ class Cursor {
     int32_t kv_end, row_begin, row_end, diagonal, walk;
   };
 
-  __device__ __forceinline__ static int32_t word(int32_t words, int i) {
-    return __shfl_sync(~0u, words, i);
-  }
   __device__ __forceinline__ Segment segment(int i) const {
     const auto pages = __shfl_sync(~0u, reinterpret_cast<uintptr_t>(mine_.pages), i);
     return {reinterpret_cast<const int32_t*>(pages),
@@ -163,22 +167,16 @@ class Cursor {
     while (next_item_ < word(list_words_, list::kItems)) {
       const int32_t words = next_words_;
       const bool is_matrix = next_is_matrix_;
-      item_.first_token = word(words, 0);
-      item_.end_token = min(word(words, 1), params_.num_rows);
-      item_.partial_row = word(words, 2);
-      item_.kv_head = next_head_;
-      item_.first_packed = next_part_ * 2 * kRows;
-      const int ahead = word(list_words_, list::kAhead);
+      item_ = make_item(params_, word(words, 0), word(words, 1), word(words, 2), next_head_,
+                        next_part_);
+      const int ahead = word(list_words_, list::kAheadEnd);
       const bool is_ahead = next_item_ < ahead;
       next_item_ += word(list_words_, is_ahead ? list::kAheadStride : list::kStride);
       if (is_ahead && next_item_ >= ahead) next_item_ = word(list_words_, list::kRest);
       fetch();
-      const int rows = pairs_ ? 2 * kRows : kRows;
-      first_token_ = item_.first_token + params_.group_size.divide(item_.first_packed);
-      last_token_ =
-          min(item_.first_token +
-                  static_cast<int>(params_.group_size.divide(item_.first_packed + rows - 1)),
-              item_.end_token - 1);
+      const Tokens its = tokens_of(params_, item_, pairs_);
+      first_token_ = its.first;
+      last_token_ = its.last;
       int first_kv, tokens, level, page_begin;
       if (is_matrix) {
         next_segment_ = word(words, 5);
@@ -242,9 +240,9 @@ class Cursor {
   const int lane_;
   int next_item_;
   // The next item; its unit's words, one a lane.
-  int32_t next_words_ = 0;
-  int next_head_ = 0, next_part_ = 0;
-  bool next_is_matrix_ = false;
+  int32_t next_words_;
+  int next_head_, next_part_;
+  bool next_is_matrix_;
   // The present one.
   Item item_;
   int first_token_ = 0, last_token_ = 0;

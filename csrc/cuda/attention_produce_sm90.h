@@ -19,8 +19,9 @@ class Producer {
       : params_(params), shared_(shared), rows_(shared.rows[warp]), warp_(warp), lane_(lane) {}
 
   __device__ __forceinline__ void run() {
-    const bool marked = has_pairs(count_items(params_));
     const int consumer = warp_ % kConsumers;
+    const int32_t pair_words = list_words(0), own_words = list_words(1 + consumer);
+    const bool marked = word(pair_words, list::kItem) < word(pair_words, list::kItems);
     if (!marked) stage_.align(consumer);
 #pragma unroll 1
     for (int kind = marked ? 0 : 1; kind < 2; ++kind) {
@@ -29,7 +30,7 @@ class Producer {
       const int step = pairs ? 1 : kConsumers;
       static_assert(kConsumers == 2);
       const int turns = S::kProducerWarps >> kind, its_turn = warp_ >> kind;
-      Cursor cursor(params_, pairs, list_words(pairs), lane_);
+      Cursor cursor(params_, pairs, pairs ? pair_words : own_words, lane_);
       int turn = 0;
       // One consumer frees a list's own places, in order, but both free those up to the mark. A
       // warp that went on before these are free could take the state of a barrier two rounds ago
@@ -54,35 +55,9 @@ class Producer {
   }
 
  private:
-  // The lane's word of the list of pair items, or of the consumer's own items.
-  __device__ __forceinline__ int32_t list_words(bool pairs) const {
-    const Items items = count_items(params_);
-    const int cta = blockIdx.x, grid = params_.num_ctas, consumer = warp_ % kConsumers;
-    const int others = grid - items.matrix_ctas, other = cta - items.matrix_ctas;
-    // Of the items, the others' rounds come first; the rest begins with a CTA that has a pair item
-    // less.
-    const int ahead = pairs ? 0 : items.stream_rounds * kConsumers * others;
-    const int turn = cta - items.first_free;
-    const int rest = ahead + (turn < 0 ? turn + grid : turn) + consumer * grid;
-    const bool begins = other >= 0 && ahead > 0;
-    const int num_matrix = pairs == items.are_pairs ? items.num_matrix : 0;
-    const int32_t words[] = {pairs    ? cta
-                             : begins ? other + consumer * others
-                                      : rest,
-                             begins ? kConsumers * others : 0,
-                             begins ? ahead : 0,
-                             rest,
-                             pairs ? items.matrix_ctas : kConsumers * grid,
-                             num_matrix + (pairs ? 0 : items.num_stream),
-                             num_matrix,
-                             items.matrix_units,
-                             items.parts};
-    int32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(words) / sizeof(int32_t)); ++i) {
-      word = lane_ == i ? words[i] : word;
-    }
-    return word;
+  // The lane's word of a list of the CTA's.
+  __device__ __forceinline__ int32_t list_words(int list) const {
+    return reinterpret_cast<const int32_t*>(&item_list(params_, list))[lane_];
   }
 
   __device__ __forceinline__ void publish(const Block& block) {

@@ -128,8 +128,8 @@ bool dispatch(ScalarType dtype, int64_t head_dim, F f) {
   return false;
 }
 
-// The number of SMs of a device that runs these kernels, 0 of any other; asked for, and the kernels
-// made ready there, once.
+// The number of CTAs for a device that runs these kernels, 0 of any other; asked for, and the
+// kernels made ready there, once.
 int hopper_sms(int device) {
   constexpr int kDevices = 64;
   static std::array<std::atomic<int>, kDevices> cached{};  // the number + 1
@@ -137,7 +137,7 @@ int hopper_sms(int device) {
   if (known && cached[device].load() > 0) return cached[device].load() - 1;
   int sms = 0;
   if (is_hopper(device)) {
-    sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
+    sms = std::min(device_attribute(cudaDevAttrMultiProcessorCount, device), gpu::kMaxCtas);
     for (const ScalarType dtype : {ScalarType::Half, ScalarType::BFloat16}) {
       for (const int64_t head_dim : {64, 128, 256}) {
         dispatch(dtype, head_dim, [](auto element, auto dim) {
@@ -305,7 +305,6 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   params.group_size = Divisor(static_cast<uint32_t>(num_qo_heads / num_kv_heads));
   params.page_size = Divisor(static_cast<uint32_t>(page_size));
   params.kv_heads = Divisor(static_cast<uint32_t>(num_kv_heads));
-  params.num_ctas = sms;
   params.matrix_at = static_cast<int32_t>(layout.matrix_at);
   params.stream_at = static_cast<int32_t>(layout.stream_at);
   params.segment_at = static_cast<int32_t>(layout.segment_at);

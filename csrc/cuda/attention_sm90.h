@@ -62,7 +62,6 @@ struct Params {
   Divisor group_size{1};
   Divisor page_size{1};
   Divisor kv_heads{1};
-  int32_t num_ctas;
   int32_t matrix_at, stream_at, segment_at, tile_at, own_at;  // in words of the schedule
   float scale_log2;                                           // sm_scale * log2(e), above 0
   float v_scale;
@@ -93,6 +92,13 @@ struct alignas(16) Entry {
   int32_t gathered;  // whether threads copied some of the block
   int32_t plain;     // so many blocks behind it have no flag but kPair, and are copied in bulk
   int32_t reserved;
+  Item item;
+};
+
+// What a consumer begins with, as its lists say.
+struct alignas(16) First {
+  int32_t is_pair;
+  int32_t known;  // it has rows and KV, so that the producers do not pass it over
   Item item;
 };
 
@@ -128,6 +134,7 @@ struct Shared {
   alignas(1024) char q[S::kQueryBytes > 0 ? kConsumers * S::kQueryBytes : 1];
   Rows rows[S::kProducerWarps];
   Entry entries[S::kStages];
+  First first[kConsumers];
   // An entry is filled when its stage's last values are done with, and free again with its values.
   uint64_t entry_full[S::kStages];
   uint64_t k_full[S::kStages], k_empty[S::kStages];
@@ -164,40 +171,32 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk, int atom_by
   return (chunk >> 3) * atom_bytes + row * 128 + (((chunk ^ row) & 7) << 4);
 }
 
-// How many items there are; the matrix units' are pair items where a tile has more rows than a
-// consumer.
-struct Items {
-  bool are_pairs;
-  int32_t parts;         // of a matrix unit, each of up to 2 * kRows packed rows
-  int32_t matrix_units;  // of a KV head, times parts
-  int32_t num_matrix;
-  int32_t num_stream;
-  // Header's, where there are pair items.
-  int32_t matrix_ctas;
-  int32_t stream_rounds;
-  int32_t first_free;
+// The first and last query token of a unit's rows [first_packed, first_packed + rows).
+struct Tokens {
+  int32_t first, last;
 };
-__device__ __forceinline__ Items count_items(const Params& params) {
-  const auto& header = *reinterpret_cast<const gpu::Header*>(params.schedule);
-  const int tile_tokens = header.tile_tokens, stream_units = header.num_stream_units;
-  const int tile_rows = tile_tokens * static_cast<int>(params.group_size.divisor);
-  const int heads = params.kv_heads.divisor;
-  const bool are_pairs = tile_rows > kRows;
-  const int parts = are_pairs ? (tile_rows + 2 * kRows - 1) / (2 * kRows) : 1;
-  const int units = header.num_matrix_units * parts, ctas = params.num_ctas;
-  const int matrix_ctas = are_pairs ? max(min(header.matrix_ctas, ctas), 1) : ctas;
-  return {are_pairs,
-          parts,
-          units,
-          units * heads,
-          stream_units * heads,
-          matrix_ctas,
-          matrix_ctas < ctas ? max(header.stream_rounds, 0) : 0,
-          are_pairs ? header.first_free : 0};
+__device__ __forceinline__ Tokens tokens_of(const Params& params, const Item& item, bool is_pair) {
+  const int rows = is_pair ? 2 * kRows : kRows;
+  const auto token = [&](int packed) {
+    return item.first_token + static_cast<int>(params.group_size.divide(packed));
+  };
+  return {token(item.first_packed), min(token(item.first_packed + rows - 1), item.end_token - 1)};
 }
-// Of the CTA.
-__device__ __forceinline__ bool has_pairs(const Items& items) {
-  return items.are_pairs && static_cast<int>(blockIdx.x) < min(items.num_matrix, items.matrix_ctas);
+
+// Of the CTA; list 0 holds pair items, list 1 + c those of consumer c.
+__device__ __forceinline__ const gpu::ItemList& item_list(const Params& params, int list) {
+  const auto* lists = reinterpret_cast<const gpu::ItemList*>(params.schedule + gpu::kHeaderWords);
+  return lists[list * gpu::kMaxCtas + blockIdx.x];
+}
+
+// As words of a unit and a list say; where q has fewer rows or the cache fewer heads than the plan,
+// within these.
+__device__ __forceinline__ Item make_item(const Params& params, int32_t first_token,
+                                          int32_t end_token, int32_t partial_row, int32_t head,
+                                          int32_t part) {
+  const int heads = params.kv_heads.divisor;
+  return {first_token, min(end_token, params.num_rows), part * 2 * kRows, min(head, heads - 1),
+          partial_row};
 }
 
 // The query head of a row of an item; `packed` counts from the unit's first row.

@@ -184,8 +184,9 @@ DeviceKind prepare(int device) {
                                     cudaSharedmemCarveoutMaxShared),
                "cudaFuncSetAttribute");
   }
-  return {device_attribute(cudaDevAttrMultiProcessorCount, device), is_hopper(device),
-          shared_bytes / 4};
+  const int sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const bool packed = is_hopper(device);
+  return {packed ? std::min(sms, kMaxCtas) : sms, packed, shared_bytes / 4};
 }
 
 DeviceKind kind_of(int device) {

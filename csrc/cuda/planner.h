@@ -199,7 +199,7 @@ struct alignas(16) RunSums {
   uint32_t units, items, blocks, states;
 };
 
-// How the SMs share tiles' units and stream units (Header), and how long these take.
+// How the SMs share tiles' units and stream units (ItemList), and how long these take.
 struct Sharing {
   float time;
   int matrix_ctas, stream_rounds, first_free;
@@ -335,8 +335,11 @@ struct Planner {
   FLASHINFER_OPS_ANYWHERE int place_states();
 
   FLASHINFER_OPS_ANYWHERE void write_units(int num_units);
-  FLASHINFER_OPS_ANYWHERE void write_matrix_unit(int u);
-  FLASHINFER_OPS_ANYWHERE void write_stream_unit(int u);
+  FLASHINFER_OPS_ANYWHERE MatrixUnit matrix_unit(int u) const;
+  FLASHINFER_OPS_ANYWHERE StreamUnit stream_unit(int u) const;
+  FLASHINFER_OPS_ANYWHERE ItemRange item_range(int l, int cta, int matrix_units,
+                                               int stream_units) const;
+  FLASHINFER_OPS_ANYWHERE int first_unit(ItemRange& range, int matrix_units) const;
 };
 
 }  // namespace flashinfer_ops::gpu

@@ -1,6 +1,7 @@
 // The schedule that cascade_plan writes and cascade_attention reads on a GPU: one int32 tensor.
 //
-//   header | tiles | matrix units | stream units | segments | own pieces | planner's work space
+//   header | item lists | tiles | matrix units | stream units | segments | own pieces |
+//   planner's work space
 //
 // The query rows are cut into tiles of about 128 packed rows. What a tile's rows see is either
 // walked by the tile's matrix units, all its rows at once, or belongs to an own piece: a group's
@@ -41,6 +42,8 @@ constexpr int kBlock = 64;       // columns of a product: the step in which a wa
 constexpr int kGranule = 16;     // columns
 constexpr int kStreamRows = 64;  // packed rows of a stream unit
 constexpr int32_t kNoDiagonal = 1 << 30;
+constexpr int kMaxCtas = 144;  // of Hopper's own kernel: the SMs of the largest such chip
+constexpr int kLists = 3;      // of a CTA
 
 struct Header {
   int32_t num_tokens;  // query rows planned for; rows of q from here on get the empty state
@@ -50,13 +53,7 @@ struct Header {
   int32_t num_stream_units;
   int32_t num_partial_rows;
   int32_t stream_tokens;  // query tokens that a stream unit has at most
-  // Of a packed schedule, how CTAs share the units where tiles have more than kStreamRows packed
-  // rows: the first `matrix_ctas` take the matrix units; the others begin with stream units, so
-  // many rounds of them, before all take the rest.
-  int32_t matrix_ctas;
-  int32_t stream_rounds;
-  int32_t first_free;  // the CTA that takes the first of the rest
-  int32_t reserved[6];
+  int32_t reserved[9];
 };
 
 struct alignas(16) Tile {
@@ -112,6 +109,29 @@ struct alignas(16) Segment {
   int32_t walk;      // tokens of the tile's walk before this segment, after the granules'; 0 in one
 };
 
+// Of a packed schedule, what one CTA of Hopper's kernel does. An item is a unit, a part of its rows
+// and a KV head; those of matrix units come first, by head, unit and part, then those of stream
+// units, by unit and head. A CTA has three lists: pair items, of tiles with more than kStreamRows
+// packed rows, which both of its consumers serve; then the items of each consumer alone. A list is
+// the items `item`, item + ahead_stride, ... below ahead_end, then rest, rest + stride, ... below
+// num_items. Its first item is here as a whole: one load, and a kernel can begin.
+struct alignas(16) ItemRange {
+  int32_t head;    // the first item's KV head,
+  int32_t part;    // part of its unit's rows,
+  int32_t has_kv;  // whether it has KV,
+  int32_t item;    // and number; num_items or more where the list is empty
+  int32_t ahead_stride, ahead_end, rest, stride;
+  int32_t num_items;
+  int32_t num_matrix;    // of them, matrix units' items
+  int32_t units_a_head;  // matrix units times parts
+  int32_t parts;         // of a matrix unit's rows
+  int32_t reserved[4];
+};
+struct alignas(16) ItemList {
+  int32_t unit[16];  // the first item's MatrixUnit or StreamUnit
+  ItemRange items;
+};
+
 struct alignas(16) OwnPiece {
   int32_t row_begin;
   int32_t row_end;
@@ -121,11 +141,12 @@ struct alignas(16) OwnPiece {
 
 static_assert(sizeof(Header) == 64 && sizeof(Tile) == 32 && sizeof(MatrixUnit) == 64);
 static_assert(sizeof(StreamUnit) == 32 && sizeof(Segment) == 32 && sizeof(OwnPiece) == 16);
+static_assert(sizeof(ItemList) == 128);
 
 // Sizes of the tables, and their places in words.
 struct Layout {
   int64_t tiles, matrix_units, stream_units, segments, granules, pieces, partial_rows;
-  int64_t tile_at, matrix_at, stream_at, segment_at, granule_at, own_at, work_at, words;
+  int64_t list_at, tile_at, matrix_at, stream_at, segment_at, granule_at, own_at, work_at, words;
 
   Layout(const int64_t* num_groups, int64_t num_levels) {
     int64_t groups = 0;
@@ -137,7 +158,8 @@ struct Layout {
     segments = pieces;
     granules = 2 * pieces;
     partial_rows = kBasePartialRows + 2 * groups;
-    tile_at = kHeaderWords;
+    list_at = kHeaderWords;
+    tile_at = list_at + 32 * kLists * kMaxCtas;
     matrix_at = tile_at + 8 * tiles;
     stream_at = matrix_at + 16 * matrix_units;
     segment_at = stream_at + 8 * stream_units;
