@@ -23,19 +23,19 @@
 namespace flashinfer_ops::sm90 {
 namespace {
 
-// A barrier a thread: one after the other they take as long as a small batch's first load.
+// The warps share the barriers out. They take a barrier each at a time: threads of one warp would
+// take theirs in turns, which for all barriers took a microsecond.
 template <int kHeadDim>
-__device__ __forceinline__ void init_barriers(Shared<kHeadDim>& shared, int thread) {
-  const auto init = [&](auto& barriers, int arrivals) {
-    constexpr int kCount = sizeof(barriers) / sizeof(uint64_t);
-    if (thread >= 0 && thread < kCount) barrier_init(&barriers[thread], arrivals);
-    thread -= kCount;
-  };
-  init(shared.entry_full, 32);
-  init(shared.k_full, 1 + 32);
-  init(shared.v_full, 1 + 32);
-  init(shared.k_empty, kConsumers * kWarpgroup);
-  init(shared.v_empty, kConsumers * kWarpgroup);
+__device__ __forceinline__ void init_barriers(Shared<kHeadDim>& shared, int warp) {
+  constexpr int kStages = Shape<kHeadDim>::kStages, kCount = Shared<kHeadDim>::kBarriers;
+  const uint32_t barriers = shared_address(shared.entry_full);
+#pragma unroll
+  for (int first = 0; first < kCount; first += kThreads / 32) {
+    const int i = first + warp;
+    // Lanes of a producer warp arrive where something is full, one of them with bulk copies too.
+    const int arrivals = i < kStages ? 32 : i < 3 * kStages ? 1 + 32 : kConsumers * kWarpgroup;
+    if (i < kCount && elect_lane()) barrier_init(barriers + 8 * i, arrivals);
+  }
   fence_barrier_init();
 }
 
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The matrix unit's tiles begin at multiples of 1024 bytes.
   auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(memory + (-shared_address(memory) & 1023));
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
-  init_barriers(shared, threadIdx.x);
+  init_barriers(shared, warp);
   if (threadIdx.x == kThreads - 1 && params.has_tensor_maps) {
     prefetch_tensor_map(&params.k_map);
     prefetch_tensor_map(&params.v_map);

@@ -136,9 +136,10 @@ struct Shared {
   Entry entries[S::kStages];
   First first[kConsumers];
   // An entry is filled when its stage's last values are done with, and free again with its values.
+  static constexpr int kBarriers = 5 * S::kStages;
   uint64_t entry_full[S::kStages];
-  uint64_t k_full[S::kStages], k_empty[S::kStages];
-  uint64_t v_full[S::kStages], v_empty[S::kStages];
+  uint64_t k_full[S::kStages], v_full[S::kStages];
+  uint64_t k_empty[S::kStages], v_empty[S::kStages];
 };
 
 // A place in a ring and the parity of the round through it.
