@@ -108,7 +108,7 @@ class Consumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       work.packed[i] = first_packed + warp_ * 16 + lane_ / 4 + 8 * i;
-      work.token[i] = work.item.first_token + params_.group_size.divide(work.packed[i]);
+      work.token[i] = item.first_token + params_.group_size.divide(work.packed[i]);
     }
     if constexpr (S::kQueryBytes > 0) copy_queries(work.item, first_packed);
     // Of its two rows a thread asks for every fourth 16 bytes.
@@ -116,16 +116,15 @@ class Consumer {
     for (int i = 0; i < 2; ++i) {
       const char* row =
           params_.q + lane_ % 4 * 16 +
-          row_offset(params_, work.item, work.token[i], work.packed[i], params_.q_stride);
-      const bool live = work.token[i] < work.item.end_token;
+          row_offset(params_, item, item.first_token, work.token[i] - item.first_token,
+                     work.packed[i], params_.q_stride);
+      const bool live = work.token[i] < item.end_token;
 #pragma unroll
-      for (int j = 0; j < S::kQueryAtoms * 8; j += 4) {
+      for (int j = 0; j < S::kQueryAtoms * 2; ++j) {
         uint4 x{};
-        if (live) x = __ldg(reinterpret_cast<const uint4*>(row + j * 16));
-        query(j, i) = x.x;
-        query(j + 1, i) = x.y;
-        query(j + 2, i) = x.z;
-        query(j + 3, i) = x.w;
+        if (live) x = __ldg(reinterpret_cast<const uint4*>(row + j * 64));
+        uint32_t (&asked)[4] = queries_[i * S::kQueryAtoms * 2 + j];
+        asked[0] = x.x, asked[1] = x.y, asked[2] = x.z, asked[3] = x.w;
       }
     }
     return work;
@@ -144,9 +143,10 @@ class Consumer {
 #pragma unroll 4
     for (int r = thread / kCount; r < kRows; r += kWarpgroup / kCount) {
       const int packed = first_packed + r;
-      const int token = item.first_token + params_.group_size.divide(packed);
-      const bool live = token < item.end_token;
-      const int64_t offset = live ? row_offset(params_, item, token, packed, params_.q_stride) : 0;
+      const int row = params_.group_size.divide(packed);
+      const bool live = row < item.end_token - item.first_token;
+      const int64_t offset =
+          live ? row_offset(params_, item, item.first_token, row, packed, params_.q_stride) : 0;
       copy_async(tile + chunk_offset(r, chunk, S::kAtomBytes),
                  params_.q + offset + (kFirst + chunk) * 16, live);
     }
@@ -162,11 +162,20 @@ class Consumer {
     for (int j = 0; j < kHeadDim / 2; ++j) output_[j / (kPartDim / 2)][j % (kPartDim / 2)] = 0;
     sums_ = {};
     // From 16 bytes of a row that each of four lanes has to the pairs of elements that it needs.
+    constexpr int kAsked = S::kQueryAtoms * 2;
+    if constexpr (kAsked > 0) {
+      uint32_t asked[2 * kAsked][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+      for (int p = 0; p < 2 * kAsked; ++p) {
+        uint32_t (&x)[4] = asked[p];
 #pragma unroll
-      for (int j = 0; j < S::kQueryAtoms * 8; j += 4) {
-        transpose(query(j, i), query(j + 1, i), query(j + 2, i), query(j + 3, i), lane_);
+        for (int w = 0; w < 4; ++w) x[w] = queries_[p][w];
+        transpose(x[0], x[1], x[2], x[3], lane_);
+      }
+#pragma unroll
+      for (int p = 0; p < 2 * kAsked; ++p) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) query(p % kAsked * 4 + w, p / kAsked) = asked[p][w];
       }
     }
   }

@@ -55,13 +55,26 @@ class Cursor {
         next_part_(word(list_words, list::kPart)),
         next_is_matrix_(next_item_ < word(list_words, list::kMatrix)) {}
 
-  // Goes on to the next block of the list; false at its end. What the block is, only if it is mine.
-  __device__ __forceinline__ bool next_block(bool mine, Block& block) {
-    if (position_ >= end_ && !start_item()) return false;
-    if (position_ >= window_end_) load_window();
+  // Passes over `others` blocks, takes them off that number, and looks up the one behind them;
+  // false where the list ends before.
+  __device__ __forceinline__ bool next_block(int& others, Block& block) {
+    for (;;) {
+      // The next item's unit is on its way early, but not before the warp's first block.
+      if (looked_up_ || position_ >= end_) fetch_ahead();
+      if (position_ >= end_) {
+        if (!start_item()) return false;
+        continue;
+      }
+      if (position_ >= window_end_) load_window();
+      if (others == 0) break;
+      const int passed = min(others, (window_end_ - position_ + kColumns - 1) / kColumns);
+      position_ = min(position_ + passed * kColumns, window_end_);
+      others -= passed;
+    }
     const int count = min(kColumns, window_end_ - position_);
-    if (mine) look_up(count, block);
+    look_up(count, block);
     position_ += count;
+    looked_up_ = true;
     return true;
   }
 
@@ -84,21 +97,23 @@ class Cursor {
 
   __device__ __forceinline__ void look_up(int count, Block& block) const {
     Segment its = mine_;
-    bool all_seen = count == kColumns;
+    const int at = mine_.walk - position_;
+    const bool may_begin = window_size_ > 1 && lane_ < window_size_ && at > 0 && at < kColumns;
+    const bool several = window_size_ > 1 && __any_sync(~0u, may_begin);
     int index = 0;  // of the segment that the columns begin in
     if (window_size_ > 1) {
-      index = __popc(__ballot_sync(~0u, lane_ < window_size_ && mine_.walk <= position_)) - 1;
+      index = __popc(__ballot_sync(~0u, lane_ < window_size_ && at <= 0)) - 1;
+      if (!several) its = segment(index);
     }
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c) {
-      if (window_size_ > 1) {
+      if (several) {
         // Bit j: a segment begins at column j, behind the first one.
-        const int at = mine_.walk - position_, bit = at - 32 * c;
-        const bool begins_here = lane_ < window_size_ && at > 0 && bit >= 0 && bit < 32;
+        const int bit = at - 32 * c;
+        const bool begins_here = may_begin && bit >= 0 && bit < 32;
         const uint32_t begins = __reduce_or_sync(~0u, begins_here ? 1u << bit : 0);
         its = segment(index + __popc(begins & ~0u >> (31 - lane_)));
         index += __popc(begins);
-        all_seen = all_seen && begins == 0;
       }
       const int place = 32 * c + lane_, token = position_ + place - its.walk;
       Column& column = block.columns[c];
@@ -112,8 +127,9 @@ class Cursor {
                            : make_int2(0, 0);
     }
     const int last = position_ + kColumns - 1 - its.walk;
-    all_seen = all_seen && last < its.kv_end && its.row_begin <= first_token_ &&
-               its.row_end > last_token_ && last <= first_token_ + its.diagonal;
+    const bool all_seen = count == kColumns && !several && last < its.kv_end &&
+                          its.row_begin <= first_token_ && its.row_end > last_token_ &&
+                          last <= first_token_ + its.diagonal;
     block.flags = (pairs_ ? flag::kPair : 0) | (all_seen ? 0 : flag::kMasked);
     if (position_ + count >= end_) block.flags |= flag::kLast;
     block.plain = pairs_ ? plain_blocks(its, count) : 0;
@@ -130,6 +146,17 @@ class Cursor {
     const int seen_up_to = min(its.kv_end, first_token_ + its.diagonal + 1) + its.walk;
     const int tokens = min(seen_up_to, end_ - 1) - (position_ + kColumns);
     return word(may_have ? max(tokens, 0) / kColumns : 0, 31);
+  }
+
+  // Starts to load the unit of the item behind the present one, if that was not done.
+  __device__ __forceinline__ void fetch_ahead() {
+    if (fetched_) return;
+    fetched_ = true;
+    const int ahead_end = word(list_words_, list::kAheadEnd);
+    const bool is_ahead = next_item_ < ahead_end;
+    next_item_ += word(list_words_, is_ahead ? list::kAheadStride : list::kStride);
+    if (is_ahead && next_item_ >= ahead_end) next_item_ = word(list_words_, list::kRest);
+    fetch();
   }
 
   // Starts to load the next item's unit.
@@ -162,61 +189,53 @@ class Cursor {
     }
   }
 
-  // Makes the next item with rows and KV the present one; false at the end of the list.
+  // Makes the next item, whose unit was fetched, the present one; false at the end of the list. An
+  // item without rows or KV ends where it begins.
   __device__ __forceinline__ bool start_item() {
-    while (next_item_ < word(list_words_, list::kItems)) {
-      const int32_t words = next_words_;
-      const bool is_matrix = next_is_matrix_;
-      item_ = make_item(params_, word(words, 0), word(words, 1), word(words, 2), next_head_,
-                        next_part_);
-      const int ahead = word(list_words_, list::kAheadEnd);
-      const bool is_ahead = next_item_ < ahead;
-      next_item_ += word(list_words_, is_ahead ? list::kAheadStride : list::kStride);
-      if (is_ahead && next_item_ >= ahead) next_item_ = word(list_words_, list::kRest);
-      fetch();
-      const Tokens its = tokens_of(params_, item_, pairs_);
-      first_token_ = its.first;
-      last_token_ = its.last;
-      int first_kv, tokens, level, page_begin;
-      if (is_matrix) {
-        next_segment_ = word(words, 5);
-        num_segments_ = word(words, 6) - next_segment_;
-        first_kv = word(words, 7);
-        level = word(words, 9);
-        page_begin = word(words, 10);
-        mine_.row_begin = word(words, 11);
-        mine_.row_end = word(words, 12);
-        mine_.diagonal = word(words, 13);
-        mine_.kv_end = word(words, 14);
-        tokens = word(words, 15);
-      } else {
-        next_segment_ = 0;
-        num_segments_ = 1;
-        level = word(words, 3);
-        page_begin = word(words, 4);
-        first_kv = word(words, 5);
-        mine_.kv_end = word(words, 6);
-        mine_.diagonal = word(words, 7);
-        tokens = mine_.kv_end - first_kv;
-        mine_.row_begin = item_.first_token;
-        mine_.row_end = item_.end_token;
-      }
-      if (first_token_ > last_token_ || tokens <= 0 || num_segments_ <= 0) continue;
-      if (num_segments_ == 1) {
-        mine_.pages = params_.kv_indices[level] + page_begin;
-        mine_.walk = 0;
-        window_size_ = 1;
-        position_ = first_kv;
-        window_end_ = end_ = first_kv + tokens;
-      } else {
-        load_window();
-        position_ = word(mine_.walk, 0) + first_kv;
-        end_ = position_ + tokens;
-        if (num_segments_ == 0) window_end_ = end_;
-      }
-      return true;
+    if (next_item_ >= word(list_words_, list::kItems)) return false;
+    const int32_t words = next_words_;
+    item_ =
+        make_item(params_, word(words, 0), word(words, 1), word(words, 2), next_head_, next_part_);
+    fetched_ = false;
+    const Tokens its = tokens_of(params_, item_, pairs_);
+    first_token_ = its.first;
+    last_token_ = its.last;
+    int level, page_begin;
+    if (next_is_matrix_) {
+      next_segment_ = word(words, 5);
+      num_segments_ = word(words, 6) - next_segment_;
+      first_kv_ = word(words, 7);
+      level = word(words, 9);
+      page_begin = word(words, 10);
+      mine_.row_begin = word(words, 11);
+      mine_.row_end = word(words, 12);
+      mine_.diagonal = word(words, 13);
+      mine_.kv_end = word(words, 14);
+      tokens_ = word(words, 15);
+    } else {
+      num_segments_ = 1;
+      level = word(words, 3);
+      page_begin = word(words, 4);
+      first_kv_ = word(words, 5);
+      mine_.kv_end = word(words, 6);
+      mine_.diagonal = word(words, 7);
+      tokens_ = mine_.kv_end - first_kv_;
+      mine_.row_begin = item_.first_token;
+      mine_.row_end = item_.end_token;
     }
-    return false;
+    const bool has_blocks = first_token_ <= last_token_ && tokens_ > 0 && num_segments_ > 0;
+    if (num_segments_ == 1) {
+      mine_.pages = params_.kv_indices[level] + page_begin;
+      mine_.walk = 0;
+      window_size_ = 1;
+      position_ = first_kv_;
+      window_end_ = end_ = has_blocks ? first_kv_ + tokens_ : position_;
+    } else {
+      // Where it begins in the walk is known with the first window.
+      position_ = window_end_ = 0;
+      end_ = has_blocks;
+    }
+    return true;
   }
 
   // The next segments of the unit, one a lane.
@@ -229,6 +248,11 @@ class Cursor {
     const int4 kv = segments[2 * mine], rows = segments[2 * mine + 1];
     mine_ = {params_.kv_indices[kv.x] + kv.y, kv.w, rows.x, rows.y, rows.z, rows.w};
     prefetch_line(mine_.pages);
+    if (tokens_ > 0) {
+      position_ = word(mine_.walk, 0) + first_kv_;
+      end_ = position_ + tokens_;
+      tokens_ = 0;
+    }
     window_end_ = num_segments_ > window_size_ ? segments[2 * window_size_ + 1].w : end_;
     next_segment_ += window_size_;
     num_segments_ -= window_size_;
@@ -243,10 +267,12 @@ class Cursor {
   int32_t next_words_;
   int next_head_, next_part_;
   bool next_is_matrix_;
+  bool fetched_ = true, looked_up_ = false;
   // The present one.
   Item item_;
   int first_token_ = 0, last_token_ = 0;
   int position_ = 0, end_ = 0;  // in the walk
+  int first_kv_ = 0, tokens_ = 0;
   // A window of its segments, one a lane.
   int window_size_ = 0, window_end_ = 0, next_segment_ = 0, num_segments_ = 0;
   Segment mine_{};

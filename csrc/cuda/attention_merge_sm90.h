@@ -160,10 +160,12 @@ class RowMerger {
     for (int j = 0; j < kVec / 2; ++j) {
       x.pairs[j] = pack<T>(sums.values[2 * j] * factor, sums.values[2 * j + 1] * factor);
     }
-    char* out = params_.out + row.token * params_.out_stride.token + head * params_.out_stride.head;
+    char* out = params_.out + int64_t{row.token} * params_.out_stride.token +
+                int64_t{head} * params_.out_stride.head;
     reinterpret_cast<Vector*>(out)[lane_] = x;
     if (lane_ == 0) {
-      params_.lse[row.token * params_.lse_stride.token + head * params_.lse_stride.head] =
+      params_.lse[int64_t{row.token} * params_.lse_stride.token +
+                  int64_t{head} * params_.lse_stride.head] =
           empty ? -INFINITY : sums.peak + log2f(sums.total);
     }
   }

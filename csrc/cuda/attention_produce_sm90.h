@@ -31,21 +31,29 @@ class Producer {
       static_assert(kConsumers == 2);
       const int turns = S::kProducerWarps >> kind, its_turn = warp_ >> kind;
       Cursor cursor(params_, pairs, pairs ? pair_words : own_words, lane_);
-      int turn = 0;
       // One consumer frees a list's own places, in order, but both free those up to the mark. A
       // warp that went on before these are free could take the state of a barrier two rounds ago
       // for the last one's. (A warp that has filled no place near the mark may pass here early;
       // then the list's other warp has, and holds it up at its next turn.)
       if (marked && !pairs) barrier_wait(&shared_.k_empty[common_.index], common_.parity);
+      // Blocks of other warps before this one's next.
+      int others = its_turn;
       for (;;) {
-        const bool mine = turn == its_turn;
+        int left = others;
         Block block;
-        if (!cursor.next_block(mine, block)) break;
-        if (mine) publish(block);
-        if (++turn == turns) turn = 0;
+        const bool found = cursor.next_block(left, block);
+        stage_.advance((others - left) * step);
+        others = left;
+        if (!found) break;
+        if (!in_turn_ && warp_ >= kFirstWarps) take_turn();
+        publish(block);
+        if (!in_turn_) take_turn();
         stage_.advance(step);
+        others = turns - 1;
       }
-      if (turn == its_turn) mark(pairs ? flag::kSolo : flag::kStop);
+      // In the first list, or one that waits for the others would wait for what waits for it.
+      if (!in_turn_) take_turn();
+      if (others == 0) mark(pairs ? flag::kSolo : flag::kStop);
       if (pairs) {
         common_ = stage_.own_or_before(consumer);
         stage_.advance();
@@ -55,6 +63,20 @@ class Producer {
   }
 
  private:
+  // The first warps' first blocks are asked for ahead of the others': all of them together would
+  // come at about the same time, late.
+  static constexpr int kFirstWarps = S::kProducerWarps / 2;
+  __device__ __forceinline__ void take_turn() {
+    in_turn_ = true;
+    if constexpr (S::kProducerWarps > kConsumers) {
+      if (warp_ < kFirstWarps) {
+        arrive_threads(kFirstBlocks, 32 * S::kProducerWarps);
+      } else {
+        sync_threads(kFirstBlocks, 32 * S::kProducerWarps);
+      }
+    }
+  }
+
   // The lane's word of a list of the CTA's.
   __device__ __forceinline__ int32_t list_words(int list) const {
     return reinterpret_cast<const int32_t*>(&item_list(params_, list))[lane_];
@@ -119,6 +141,8 @@ class Producer {
         }
       }
       barrier_arrive_after_copies(full);
+      // Gathers take long: the others begin behind these keys.
+      if (!in_turn_) take_turn();
     }
   }
 
@@ -197,6 +221,7 @@ class Producer {
   Shared<kHeadDim>& shared_;
   Rows& rows_;
   const int warp_, lane_;
+  bool in_turn_ = false;
   RingPlace<S::kStages> stage_;
   RingPlace<S::kStages> common_;  // the list's last place that both consumers free
 };

@@ -192,6 +192,17 @@ bool encode_cache(const Tensor& cache, CUtensorMap& map) {
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Strides of tokens and heads times `scale`; false where they are too large.
+bool row_strides(const Tensor& t, int64_t scale, int64_t group_size, Strides& strides) {
+  constexpr int64_t kMost = INT32_MAX;
+  const auto stride = [&](int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) * scale : 0; };
+  const int64_t token = stride(0), head = stride(1);
+  if (token > kMost || head > kMost / group_size) return false;
+  strides = {static_cast<int32_t>(token), static_cast<int32_t>(head),
+             static_cast<int32_t>(token - group_size * head)};
+  return true;
+}
+
 // Rows are read and written 16 bytes at a time.
 bool aligned(const Tensor& t) {
   int64_t bits = reinterpret_cast<int64_t>(t.data_ptr());
@@ -267,11 +278,15 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   const int sms = hopper_sms(q.get_device_index());
   const int64_t head_dim = q.size(2), num_pages = k_cache.size(0), page_size = k_cache.size(1);
   constexpr int64_t kMost = 1 << 30;
+  const int64_t group_size = num_qo_heads / num_kv_heads, itemsize = 2;
   const bool served = sms > 0 && dispatch(q.scalar_type(), head_dim, [](auto, auto) {}) &&
                       aligned(q) && aligned(k_cache) && aligned(v_cache) && aligned(out) &&
                       sm_scale > 1e-37 && sm_scale < 1e30 && num_pages > 0 && page_size > 0 &&
                       num_pages < kMost && page_size < kMost && num_rows < kMost &&
-                      num_qo_heads <= kMaxGridY && layout.words < kMost;
+                      num_qo_heads <= kMaxGridY && layout.words < kMost &&
+                      row_strides(q, itemsize, group_size, params.q_stride) &&
+                      row_strides(out, itemsize, group_size, params.out_stride) &&
+                      row_strides(lse, 1, group_size, params.lse_stride);
   if (!served) {
     portable(q, k_cache, v_cache, qo_indptr, kv_indptr, kv_indices, kv_last_page_len, schedule,
              causal, sm_scale, v_scale, out, lse);
@@ -280,9 +295,6 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   const int64_t states = layout.partial_rows * num_qo_heads, row_bytes = head_dim * 2;
   const Tensor scratch =
       empty_cuda<1>(q, {states * (row_bytes + int64_t{sizeof(float)})}, ScalarType::Byte);
-  const auto strides = [](const Tensor& t) {
-    return Strides{byte_stride(t, 0), byte_stride(t, 1)};
-  };
   const auto cache_strides = [](const Tensor& t) {
     return CacheStrides{byte_stride(t, 0), byte_stride(t, 1), byte_stride(t, 2)};
   };
@@ -294,15 +306,12 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   params.partial_o = static_cast<char*>(scratch.data_ptr());
   params.partial_lse = reinterpret_cast<float*>(params.partial_o + states * row_bytes);
   params.schedule = static_cast<const int32_t*>(schedule.data_ptr());
-  params.q_stride = strides(q);
-  params.out_stride = strides(out);
-  params.lse_stride = {lse.stride(0), lse.stride(1)};
   params.k_stride = cache_strides(k_cache);
   params.v_stride = cache_strides(v_cache);
   params.num_rows = static_cast<int32_t>(num_rows);
   params.num_pages = static_cast<int32_t>(num_pages);
   params.num_qo_heads = static_cast<int32_t>(num_qo_heads);
-  params.group_size = Divisor(static_cast<uint32_t>(num_qo_heads / num_kv_heads));
+  params.group_size = Divisor(static_cast<uint32_t>(group_size));
   params.page_size = Divisor(static_cast<uint32_t>(page_size));
   params.kv_heads = Divisor(static_cast<uint32_t>(num_kv_heads));
   params.matrix_at = static_cast<int32_t>(layout.matrix_at);

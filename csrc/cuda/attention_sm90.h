@@ -33,8 +33,10 @@ constexpr int kColumns = 64;  // KV tokens of a stage
 constexpr int kRun = 16;      // of them, neighbours in a page, are copied at once
 constexpr int kRuns = kColumns / kRun;
 
+// Of rows, below 2^31: an offset takes few operations then.
 struct Strides {
-  int64_t token, head;  // in bytes
+  int32_t token, head;
+  int32_t group;  // token - group_size * head: see row_offset
 };
 struct CacheStrides {
   int64_t page, slot, head;  // in bytes
@@ -142,6 +144,9 @@ struct Shared {
   uint64_t k_empty[S::kStages], v_empty[S::kStages];
 };
 
+// Barriers of threads: 1 + a consumer's number its own, 3 + that number its turn to compute.
+constexpr int kFirstBlocks = 5;
+
 // A place in a ring and the parity of the round through it.
 template <int kSize>
 struct RingPlace {
@@ -200,17 +205,14 @@ __device__ __forceinline__ Item make_item(const Params& params, int32_t first_to
           partial_row};
 }
 
-// The query head of a row of an item; `packed` counts from the unit's first row.
-__device__ __forceinline__ int query_head(const Params& params, const Item& item, int token,
-                                          int packed) {
-  const int group = params.group_size.divisor;
-  return item.kv_head * group + packed - (token - item.first_token) * group;
-}
-
-// Bytes from q's or out's start to it.
-__device__ __forceinline__ int64_t row_offset(const Params& params, const Item& item, int token,
-                                              int packed, const Strides& stride) {
-  return token * stride.token + query_head(params, item, token, packed) * stride.head;
+// From a tensor's start to a packed row of an item, where rows have these strides; `packed` counts
+// from the unit's first row, and is the query token `row` behind the unit's first.
+__device__ __forceinline__ int64_t row_offset(const Params& params, const Item& item,
+                                              int32_t first_token, int row, int packed,
+                                              const Strides& stride) {
+  const int first_head = item.kv_head * static_cast<int>(params.group_size.divisor);
+  const int64_t first = int64_t{first_token} * stride.token + int64_t{first_head} * stride.head;
+  return first + int64_t{row} * stride.group + int64_t{packed} * stride.head;
 }
 
 }  // namespace flashinfer_ops::sm90

@@ -59,6 +59,7 @@ __device__ __forceinline__ void store_state(const Params& params, const Work& wo
                                             const float (&output)[kParts][kPart],
                                             const RowSums& sums, int lane) {
   const Item& item = work.item;
+  const int group = params.group_size.divisor;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float total = sums.total[i];
@@ -67,16 +68,20 @@ __device__ __forceinline__ void store_state(const Params& params, const Work& wo
     // A sum that is NaN is no empty state: it must reach the output.
     const float factor = total == 0 ? 0 : __fdividef(params.v_scale, total);
     const float lse = total == 0 ? -kInfinity : fmaf(sums.peak[i], params.scale_log2, log2f(total));
-    const int token = work.token[i], head = query_head(params, item, token, work.packed[i]);
-    char* row = params.out + row_offset(params, item, token, work.packed[i], params.out_stride);
-    float* row_lse = params.lse + token * params.lse_stride.token + head * params.lse_stride.head;
-    if (item.partial_row >= 0) {
-      const int64_t state =
-          int64_t{item.partial_row + token - item.first_token} * params.num_qo_heads + head;
-      row = params.partial_o + state * kHeadDim * 2;
-      row_lse = params.partial_lse + state;
-    }
-    const bool live = token < item.end_token;
+    // Partial states lie as outputs whose rows are states.
+    const bool is_partial = item.partial_row >= 0;
+    const int heads = params.num_qo_heads;
+    const auto offset = [&](const Strides& stride, int bytes) {
+      const Strides chosen = {is_partial ? heads * bytes : stride.token,
+                              is_partial ? bytes : stride.head,
+                              is_partial ? (heads - group) * bytes : stride.group};
+      return row_offset(params, item, is_partial ? item.partial_row : item.first_token,
+                        work.token[i] - item.first_token, work.packed[i], chosen);
+    };
+    char* row =
+        (is_partial ? params.partial_o : params.out) + offset(params.out_stride, kHeadDim * 2);
+    float* row_lse = (is_partial ? params.partial_lse : params.lse) + offset(params.lse_stride, 1);
+    const bool live = work.token[i] < item.end_token;
     store_row<T>(row, output, i, factor, live, lane);
     if (live && lane % 4 == 0) *row_lse = lse;
   }
