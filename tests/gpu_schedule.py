@@ -85,18 +85,8 @@ def tables(schedule: Tensor, num_groups: Sequence[int], num_ctas: int = 0) -> Ta
         rows(layout.segment_at, max((u[6] for u in matrix_units), default=0), 8),
         rows(layout.granule_at, max((u[4] for u in matrix_units), default=0), 8),
         rows(layout.own_at, max((t[5] for t in tile_rows), default=0), 4),
-        [
-            [live_words(words) for words in rows(layout.list_at + i * 144 * 32, num_ctas, 32)]
-            for i in range(3)
-        ],
+        [rows(layout.list_at + i * 144 * 32, num_ctas, 32) for i in range(3)],
     )
-
-
-def live_words(words: list[int]) -> list[int]:
-    """A list without what nobody writes: an empty one's unit, words behind a stream unit."""
-    item, end, num_matrix = words[19], words[24], words[25]
-    size = 0 if item >= end else 16 if item < num_matrix else 8
-    return words[:size] + [0] * (16 - size) + words[16:]
 
 
 def check_lists(t: Tables, num_kv_heads: int, group_size: int) -> None:
@@ -115,7 +105,7 @@ def check_lists(t: Tables, num_kv_heads: int, group_size: int) -> None:
         for u in range(len(t.stream_units))
         for head in range(num_kv_heads)
     ]
-    units = t.matrix_units + [[*u, *[0] * 8] for u in t.stream_units]
+    units = [*t.matrix_units, *([*u, *[0] * 8] for u in t.stream_units)]
     kinds = (of_matrix, of_stream) if rows > 64 else ([], of_matrix + of_stream)
     for items, lists in zip(kinds, (t.lists[:1], t.lists[1:]), strict=True):
         met = []
@@ -132,9 +122,11 @@ def check_lists(t: Tables, num_kv_heads: int, group_size: int) -> None:
             if first < end:
                 assert (head, part) == items[first][::2]
                 unit = units[items[first][1]]
-                size = 16 if items[first][1] < len(t.matrix_units) else 8
-                assert words[:size] == unit[:size]
-                assert has_kv == (unit[15] > 0 if size == 16 else unit[6] > unit[5])
+                is_matrix = items[first][1] < len(t.matrix_units)
+                assert words[:16] == unit
+                assert has_kv == (unit[15] > 0 if is_matrix else unit[6] > unit[5])
+            else:
+                assert words[:16] == [0] * 16
         assert sorted(met) == list(range(len(items)))
 
 

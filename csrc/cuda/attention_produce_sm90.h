@@ -65,14 +65,14 @@ class Producer {
  private:
   // The first warps' first blocks are asked for ahead of the others': all of them together would
   // come at about the same time, late.
-  static constexpr int kFirstWarps = S::kProducerWarps / 2;
+  static constexpr int kFirstWarps = S::kFirstWarps;
   __device__ __forceinline__ void take_turn() {
     in_turn_ = true;
     if constexpr (S::kProducerWarps > kConsumers) {
       if (warp_ < kFirstWarps) {
-        arrive_threads(kFirstBlocks, 32 * S::kProducerWarps);
+        barrier_arrive(&shared_.first_blocks);
       } else {
-        sync_threads(kFirstBlocks, 32 * S::kProducerWarps);
+        barrier_wait(&shared_.first_blocks, 0);
       }
     }
   }

@@ -33,7 +33,10 @@ __device__ __forceinline__ void init_barriers(Shared<kHeadDim>& shared, int warp
   for (int first = 0; first < kCount; first += kThreads / 32) {
     const int i = first + warp;
     // Lanes of a producer warp arrive where something is full, one of them with bulk copies too.
-    const int arrivals = i < kStages ? 32 : i < 3 * kStages ? 1 + 32 : kConsumers * kWarpgroup;
+    const int arrivals = i < kStages       ? 32
+                         : i < 3 * kStages ? 1 + 32
+                         : i < 5 * kStages ? kConsumers * kWarpgroup
+                                           : 32 * Shape<kHeadDim>::kFirstWarps;
     if (i < kCount && elect_lane()) barrier_init(barriers + 8 * i, arrivals);
   }
   fence_barrier_init();

@@ -124,6 +124,7 @@ struct Shape {
   static constexpr int kQueryAtoms = kHeadDim <= 128 ? 1 : 0;
   static constexpr int kQueryBytes = (kAtoms - kQueryAtoms) * kAtomBytes;  // the others
   static constexpr int kStepBlocks = kHeadDim <= 128 ? 2 : 1;  // that a consumer takes at once
+  static constexpr int kFirstWarps = kProducerWarps / 2;       // whose first blocks come first
   static constexpr int kProducerRegisters = 88;
   static constexpr int kConsumerRegisters = 208;
 };
@@ -138,15 +139,14 @@ struct Shared {
   Entry entries[S::kStages];
   First first[kConsumers];
   // An entry is filled when its stage's last values are done with, and free again with its values.
-  static constexpr int kBarriers = 5 * S::kStages;
+  static constexpr int kBarriers = 5 * S::kStages + 1;
   uint64_t entry_full[S::kStages];
   uint64_t k_full[S::kStages], v_full[S::kStages];
   uint64_t k_empty[S::kStages], v_empty[S::kStages];
+  uint64_t first_blocks;  // passed once, when the first warps' first blocks are asked for
 };
 
 // Barriers of threads: 1 + a consumer's number its own, 3 + that number its turn to compute.
-constexpr int kFirstBlocks = 5;
-
 // A place in a ring and the parity of the round through it.
 template <int kSize>
 struct RingPlace {

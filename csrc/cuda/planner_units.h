@@ -5,6 +5,10 @@
 
 namespace flashinfer_ops::gpu {
 
+struct alignas(16) Words {
+  int32_t words[4];
+};
+
 // Units, then the lists of a packed schedule, which repeat their first items' units.
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::write_units(int num_units) {
@@ -32,7 +36,13 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::write_units(int num_units) 
       *(list != nullptr ? reinterpret_cast<StreamUnit*>(list->unit)
                         : table<StreamUnit>(layout.stream_at) + u - matrix_units) = unit;
     }
-    if (list != nullptr) list->items = range;
+    if (list != nullptr) {
+      // A kernel loads a list as a whole.
+      const int words = u < 0 ? 0 : u < matrix_units ? 16 : 8;
+      FLASHINFER_OPS_ROLLED
+      for (int w = words; w < 16; w += 4) *reinterpret_cast<Words*>(list->unit + w) = {};
+      list->items = range;
+    }
   }
 }
 
