@@ -125,8 +125,11 @@ def check_lists(t: Tables, num_kv_heads: int, group_size: int) -> None:
                 is_matrix = items[first][1] < len(t.matrix_units)
                 assert words[:16] == unit
                 assert has_kv == (unit[15] > 0 if is_matrix else unit[6] > unit[5])
+                # Level, first page and KV tokens of its first segment.
+                at = (9, 10, 7, 14) if is_matrix else (3, 4, 5, 6)
+                assert words[28:32] == [unit[i] for i in at]
             else:
-                assert words[:16] == [0] * 16
+                assert words[:16] == [0] * 16 and words[28:32] == [0] * 4
         assert sorted(met) == list(range(len(items)))
 
 

@@ -325,3 +325,35 @@ def test_merges_of_few_and_many_rows(cuda: str, num_requests: int, head_dim: int
     plan = plan_cascade(*forest.arrays, **forest.numbers)
     assert int(plan.schedule[5]) > 0  # rows of partial states
     check(cascade_attention(forest.q, forest.cache, plan), forest)
+
+
+@pytest.mark.parametrize("page_size", [16, 1])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("prefix", [0, 100, 1000])
+def test_kv_of_half_a_tile(cuda: str, prefix: int, causal: bool, page_size: int) -> None:
+    """Tiles of 128 packed rows, of which most blocks of KV are seen by the first or second 64."""
+    rows = [1 + i % 3 for i in range(60)]
+    for lengths in (
+        [64] * 60,
+        [128 + 64 * (i % 3) for i in range(60)],
+        [200 - i for i in range(60)],
+    ):
+        forest = forest_of(
+            [[sum(rows)], rows], [[prefix], lengths], num_qo_heads=16, head_dim=128, dtype=HALF,
+            page_size=page_size, device=cuda, extra_rows=2,
+        )  # fmt: skip
+        check(run(forest, causal=causal), forest, causal)
+
+
+@pytest.mark.parametrize("num_qo_heads", [4, 16, 320])
+def test_fewer_rows_than_planned(cuda: str, num_qo_heads: int) -> None:
+    forest = forest_of(
+        [[90], [1] * 90], [[1500], [70] * 90], num_qo_heads=num_qo_heads, head_dim=128, dtype=HALF,
+        device=cuda,
+    )  # fmt: skip
+    plan = plan_cascade(*forest.arrays, **forest.numbers)
+    expected, expected_lse = forest.oracle(device=cuda)
+    for count in (1, 7, 33, 64):
+        out, lse = cascade_attention(forest.q[:count], forest.cache, plan)
+        assert relative_error(out, expected[:count]) < TOLERANCE[HALF]
+        assert_lse_close(lse, expected_lse[:count], LSE_TOLERANCE[HALF])

@@ -11,6 +11,7 @@ struct BlockStep {
   int count;
   int last;      // not 0: of the item
   int gathered;  // not 0: in part
+  int unseen;    // flags: consumers whose rows see none of it
   int masked[kBlocks];
   int stage[kBlocks], parity[kBlocks];
 };
@@ -72,6 +73,7 @@ class BlockReader {
   template <Finding kFinding>
   __device__ __forceinline__ Step find_step(bool known = false) {
     Step step{};
+    step.unseen = 3 * flag::kUnseen;
 #pragma unroll
     for (int b = 0; b < kStepBlocks; ++b) {
       if (b > 0 && (flags_ & flag::kLast)) break;
@@ -84,6 +86,7 @@ class BlockReader {
       step.stage[b] = stage_.index;
       step.parity[b] = stage_.parity;
       step.masked[b] = flags_ & flag::kMasked;
+      step.unseen &= flags_;
       step.gathered |= gathered_;
       if (!known) barrier_wait(&shared_.k_full[stage_.index], stage_.parity);
     }

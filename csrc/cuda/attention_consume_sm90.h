@@ -31,7 +31,7 @@ class Consumer {
         blocks_(shared, number) {}
 
   __device__ __forceinline__ void run() {
-    // The first queries are asked for before there is any block.
+    // The first queries are asked for, and brought into order, before there is any block.
     const First& first = first_item();
     if (!first.is_pair) blocks_.go_alone();
     bool more = first.known || blocks_.find();
@@ -39,11 +39,11 @@ class Consumer {
     if (more) {
       work = begin_work(first.known ? first.item : blocks_.item(),
                         first.known ? first.is_pair : blocks_.are_pairs());
+      begin_item();
     }
     if (first.known) blocks_.find();
     while (more) {
       blocks_.share(work.is_pair);
-      begin_item();
       Step step = blocks_.template find_step<kPresent>();
       if (work.is_pair && number_ == 1) pass_turn();
       for (;;) {
@@ -63,6 +63,7 @@ class Consumer {
       // The next queries are on their way while this output is stored.
       if (more) work = begin_work(blocks_.item(), blocks_.are_pairs());
       store_state<T, kHeadDim>(params_, done, output_, sums_, lane_);
+      if (more) begin_item();
     }
   }
 
@@ -82,7 +83,7 @@ class Consumer {
     const auto load = [&](int list) {
       const gpu::ItemList& x = item_list(params_, list);
       return Words{*reinterpret_cast<const int4*>(x.unit), *reinterpret_cast<const int4*>(&x.items),
-                   x.items.num_items};
+                   load_now(&x.items.num_items)};
     };
     const Words pairs = load(0), own = load(1 + number_);
     const bool is_pair = pairs.range.w < pairs.num_items;
@@ -110,8 +111,11 @@ class Consumer {
       work.packed[i] = first_packed + warp_ * 16 + lane_ / 4 + 8 * i;
       work.token[i] = item.first_token + params_.group_size.divide(work.packed[i]);
     }
-    if constexpr (S::kQueryBytes > 0) copy_queries(work.item, first_packed);
-    // Of its two rows a thread asks for every fourth 16 bytes.
+    // All warps are done with the last item's.
+    if constexpr (S::kQueryBytes > 0) sync_threads(1 + number_, kWarpgroup);
+    // Of its two rows a thread asks for every fourth 16 bytes: the first to registers, the others
+    // to the consumer's tile in shared memory.
+    const uint32_t tile = shared_address(shared_.q) + number_ * S::kQueryBytes;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const char* row =
@@ -119,6 +123,7 @@ class Consumer {
           row_offset(params_, item, item.first_token, work.token[i] - item.first_token,
                      work.packed[i], params_.q_stride);
       const bool live = work.token[i] < item.end_token;
+      if (!live) row = params_.q;
 #pragma unroll
       for (int j = 0; j < S::kQueryAtoms * 2; ++j) {
         uint4 x{};
@@ -126,30 +131,18 @@ class Consumer {
         uint32_t (&asked)[4] = queries_[i * S::kQueryAtoms * 2 + j];
         asked[0] = x.x, asked[1] = x.y, asked[2] = x.z, asked[3] = x.w;
       }
+      const int r = warp_ * 16 + lane_ / 4 + 8 * i;
+#pragma unroll
+      for (int j = S::kQueryAtoms * 2; j < S::kAtoms * 2; ++j) {
+        const int chunk = (j - S::kQueryAtoms * 2) * 4 + lane_ % 4;
+        copy_async(tile + chunk_offset(r, chunk, S::kAtomBytes), row + j * 64, live);
+      }
     }
     return work;
   }
   // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
   __device__ __forceinline__ uint32_t& query(int j, int row) {
     return queries_[j / 2][j % 2 * 2 + row];
-  }
-
-  // The other queries, to the consumer's tile in shared memory.
-  __device__ __forceinline__ void copy_queries(const Item& item, int first_packed) {
-    sync_threads(1 + number_, kWarpgroup);  // all warps are done with the last item's
-    constexpr int kFirst = S::kQueryAtoms * 8, kCount = S::kChunks - kFirst;
-    const uint32_t tile = shared_address(shared_.q) + number_ * S::kQueryBytes;
-    const int thread = warp_ * 32 + lane_, chunk = thread % kCount;
-#pragma unroll 4
-    for (int r = thread / kCount; r < kRows; r += kWarpgroup / kCount) {
-      const int packed = first_packed + r;
-      const int row = params_.group_size.divide(packed);
-      const bool live = row < item.end_token - item.first_token;
-      const int64_t offset =
-          live ? row_offset(params_, item, item.first_token, row, packed, params_.q_stride) : 0;
-      copy_async(tile + chunk_offset(r, chunk, S::kAtomBytes),
-                 params_.q + offset + (kFirst + chunk) * 16, live);
-    }
   }
 
   __device__ __forceinline__ void begin_item() {
@@ -186,6 +179,7 @@ class Consumer {
     return (tiles & 0xFFFFFFFF00000000) | low;
   }
 
+  // Barriers of threads: 1 + a consumer's number its own, 3 + that number its turn to compute.
   // The consumers of a pair item take turns. The second one passes the first turn; in the end, both
   // have waited as often as the other one has passed, and no turn of the next item has come.
   __device__ __forceinline__ void wait_for_turn() { sync_threads(3 + number_, 2 * kWarpgroup); }
@@ -200,8 +194,17 @@ class Consumer {
     if (step.gathered || next.gathered) fence_async_proxy();
   }
 
+  // None of the consumer's rows sees any of it: there is nothing to compute.
+  __device__ __forceinline__ bool is_unseen(const Step& step) const {
+    return step.unseen & flag::kUnseen << number_;
+  }
+
   // A step's scores to weights, and the former output in proportion to them.
   __device__ __forceinline__ void weigh(const Step& step, const int (&token)[2]) {
+    if (is_unseen(step)) {
+      blocks_.release(step, shared_.k_empty);
+      return;
+    }
     const bool full = kStepBlocks > 1 && step.count == kStepBlocks;
     if (full) {
       multiply_keys<kStepBlocks>(step);
@@ -223,7 +226,7 @@ class Consumer {
     while (!step.last) {
       bool ready = false;
       // Most blocks of a long walk: nothing needs to be asked about them.
-      while (blocks_.plain() >= kStepBlocks) {
+      while (blocks_.plain() >= kStepBlocks && !is_unseen(step)) {
         next = blocks_.next_plain_step();
         if (!ready) {
           blocks_.wait_for_values(step);
@@ -236,7 +239,7 @@ class Consumer {
       do {
         if (!ready) blocks_.wait_for_values(step);
         next = blocks_.template find_step<kNext>(ready);
-        if (next.count < kStepBlocks) return;
+        if (next.count < kStepBlocks || is_unseen(step) || is_unseen(next)) return;
         ready = multiply<false>(step, next, token);
         step = next;
       } while (!step.last && blocks_.plain() < kStepBlocks);
@@ -249,13 +252,15 @@ class Consumer {
   __device__ __forceinline__ bool multiply(const Step& step, const Step& next,
                                            const int (&token)[2]) {
     show(step, next);
-    wait_for_turn();
+    // What only one consumer computes needs no turns.
+    const bool both = ((step.unseen | next.unseen) & 3 * flag::kUnseen) == 0;
+    if (both) wait_for_turn();
     pin_scores();
     pin_output();
     wgmma_fence();
     start_scores<kStepBlocks>(next);
     start_values<kStepBlocks>(step);
-    pass_turn();
+    if (both) pass_turn();
     const bool ready = blocks_.template look_ahead<kPlain>(next);
     wgmma_wait<1>();
     pin_scores();
@@ -285,6 +290,10 @@ class Consumer {
   // The products of a step's weights and values.
   __device__ __forceinline__ void finish(const Step& step) {
     blocks_.wait_for_values(step);
+    if (is_unseen(step)) {
+      blocks_.release(step, shared_.v_empty);
+      return;
+    }
     show(step, step);
     if (kStepBlocks > 1 && step.count == kStepBlocks) {
       multiply_values<kStepBlocks>(step);

@@ -26,25 +26,142 @@ struct Column {
 namespace list {
 constexpr int kHead = 16, kPart = 17, kHasKv = 18, kItem = 19, kAheadStride = 20, kAheadEnd = 21;
 constexpr int kRest = 22, kStride = 23, kItems = 24, kMatrix = 25, kUnitsAHead = 26, kParts = 27;
+constexpr int kLevel = 28, kPageBegin = 29, kKvBegin = 30, kKvEnd = 31;
 static_assert(offsetof(gpu::ItemList, items) == 4 * kHead);
-static_assert(offsetof(gpu::ItemRange, parts) == 4 * (kParts - kHead));
+static_assert(offsetof(gpu::ItemRange, kv_end) == 4 * (kKvEnd - kHead));
 }  // namespace list
 
 // Of words that a warp holds, one a lane.
 __device__ __forceinline__ int32_t word(int32_t words, int i) { return __shfl_sync(~0u, words, i); }
 
+constexpr int kAllRuns = (1 << kRuns) - 1;
+
 struct Block {
   int flags;
   int plain;
+  int bulk;  // bit r: run r is neighbours in a page; -1 where that is not known
   Item item;
   Column columns[kLaneColumns];
+};
+
+// A piece of the walk: its pages, its tokens up to kv_end, who sees them, where token 0 would be.
+struct Segment {
+  const int32_t* pages;
+  int32_t kv_end, row_begin, row_end, diagonal, walk;
+};
+
+// Whether the runs of a block that is 64 tokens of one segment are neighbours in pages, where that
+// is known beforehand; else -1.
+__device__ __forceinline__ int bulk_runs(const Params& params, int position) {
+  if (!params.has_tensor_maps) return 0;
+  return params.even_pages && position % kRun == 0 ? kAllRuns : -1;
+}
+
+// Flags of consumers none of whose rows are in [row_begin, row_end). None where all of the item's
+// rows are, as nobody asks for the flags of plain blocks: a consumer without rows counts as the
+// item's last one.
+__device__ __forceinline__ int unseen(const Params& params, const Item& item, const Tokens& tokens,
+                                      int row_begin, int row_end) {
+  // The first consumer's last query token, and the second one's first.
+  const auto token = [&](int row) {
+    return item.first_token + static_cast<int>(params.group_size.divide(item.first_packed + row));
+  };
+  const bool by_first = row_end > tokens.first && row_begin <= token(kRows - 1);
+  const bool by_second = row_end > min(token(kRows), tokens.last) && row_begin <= tokens.last;
+  return (by_first ? 0 : flag::kUnseen) | (by_second ? 0 : 2 * flag::kUnseen);
+}
+
+// What holds for the `count` columns from `position` of a walk that ends at `end`. `its`: the
+// segment of the lane's last column; `is_whole`: all 64 columns are tokens of that one.
+__device__ __forceinline__ void describe(const Params& params, const Segment& its, int position,
+                                         int count, int end, bool is_whole, const Tokens& tokens,
+                                         bool pairs, Block& block) {
+  const int last = position + kColumns - 1 - its.walk;
+  const bool all_rows = its.row_begin <= tokens.first && its.row_end > tokens.last;
+  const bool all_seen = is_whole && all_rows && last <= tokens.first + its.diagonal;
+  block.flags = (pairs ? flag::kPair : 0) | (all_seen ? 0 : flag::kMasked);
+  if (position + count >= end) block.flags |= flag::kLast;
+  // Plain blocks behind this one, in the segment of the lane's last column; what lane 31 finds is
+  // of the block's. A last block is none, so that a consumer need not ask.
+  const bool may_have =
+      pairs && all_rows && count == kColumns && bulk_runs(params, position - its.walk) == kAllRuns;
+  const int seen_up_to = min(its.kv_end, tokens.first + its.diagonal + 1) + its.walk;
+  const int plain = max(min(seen_up_to, end - 1) - (position + kColumns), 0) / kColumns;
+  block.plain = word(may_have ? plain : 0, 31);
+}
+
+// The block behind `others` of a list, if all of it is in the first item's first segment: with as
+// little as possible before its page numbers, and then its keys, are asked for.
+class FirstBlock {
+ public:
+  __device__ __forceinline__ FirstBlock(const Params& params, bool pairs, int32_t words, int lane)
+      : params_(params), pairs_(pairs), words_(words), lane_(lane) {}
+
+  // False where there is no such block, or the item has no rows.
+  __device__ __forceinline__ bool look_up(int others, Block& block) {
+    const int level = word(words_, list::kLevel), page_begin = word(words_, list::kPageBegin);
+    const int kv_begin = word(words_, list::kKvBegin), kv_end = word(words_, list::kKvEnd);
+    position_ = kv_begin + others * kColumns;
+    const int32_t* indices = params_.kv_indices[level];
+    block.item = make_item(params_, word(words_, 0), word(words_, 1), word(words_, 2),
+                           word(words_, list::kHead), word(words_, list::kPart));
+    const int first_token =
+        block.item.first_token + params_.group_size.divide(block.item.first_packed);
+    const bool has_rows = first_token < block.item.end_token;
+    if (__any_sync(~0u, position_ + kColumns > kv_end || !has_rows)) return false;
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) {
+      Column& column = block.columns[c];
+      const int token = position_ + 32 * c + lane_, page = params_.page_size.divide(token);
+      column.slot = token - page * static_cast<int>(params_.page_size.divisor);
+      column.page = load_now(indices + (page_begin + page));
+      column.live = true;
+    }
+    // What is not needed for these comes behind them.
+    __syncwarp();
+    block.bulk = bulk_runs(params_, position_);
+    return true;
+  }
+
+  // What consumers must know of it.
+  __device__ __forceinline__ void describe_to(Block& block) const {
+    const bool is_matrix = word(words_, list::kItem) < word(words_, list::kMatrix);
+    const int rows_at = is_matrix ? 11 : 0;
+    const int kv_begin = word(words_, list::kKvBegin), kv_end = word(words_, list::kKvEnd);
+    const Segment its{nullptr,
+                      kv_end,
+                      word(words_, rows_at),
+                      word(words_, rows_at + 1),
+                      word(words_, is_matrix ? 13 : 7),
+                      0};
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) {
+      const int token = position_ + 32 * c + lane_;
+      block.columns[c].seen_by = make_int2(max(its.row_begin, token - its.diagonal), its.row_end);
+    }
+    const int end = is_matrix ? kv_begin + word(words_, 15) : kv_end;
+    const Tokens tokens = tokens_of(params_, block.item, pairs_);
+    describe(params_, its, position_, kColumns, end, true, tokens, pairs_, block);
+    if (pairs_) {
+      block.flags |= unseen(params_, block.item, tokens, its.row_begin, its.row_end);
+    }
+  }
+
+ private:
+  const Params& params_;
+  const bool pairs_;
+  const int32_t words_;
+  const int lane_;
+  int position_;
 };
 
 // One warp's way through the items of one list: unit by unit, block by block.
 class Cursor {
  public:
   // Registers are few: a lane holds one word of the list's.
-  __device__ __forceinline__ Cursor(const Params& params, bool pairs, int32_t list_words, int lane)
+  // The list's first `blocks` blocks, all of the first item, were looked up.
+  __device__ __forceinline__ Cursor(const Params& params, bool pairs, int32_t list_words, int lane,
+                                    int blocks)
       : params_(params),
         pairs_(pairs),
         list_words_(list_words),
@@ -53,7 +170,9 @@ class Cursor {
         next_words_(list_words),
         next_head_(word(list_words, list::kHead)),
         next_part_(word(list_words, list::kPart)),
-        next_is_matrix_(next_item_ < word(list_words, list::kMatrix)) {}
+        next_is_matrix_(next_item_ < word(list_words, list::kMatrix)),
+        looked_up_(blocks > 0),
+        skipped_(blocks * kColumns) {}
 
   // Passes over `others` blocks, takes them off that number, and looks up the one behind them;
   // false where the list ends before.
@@ -79,12 +198,6 @@ class Cursor {
   }
 
  private:
-  // A piece of the walk: its pages, its tokens up to kv_end, who sees them, where token 0 would be.
-  struct Segment {
-    const int32_t* pages;
-    int32_t kv_end, row_begin, row_end, diagonal, walk;
-  };
-
   __device__ __forceinline__ Segment segment(int i) const {
     const auto pages = __shfl_sync(~0u, reinterpret_cast<uintptr_t>(mine_.pages), i);
     return {reinterpret_cast<const int32_t*>(pages),
@@ -126,26 +239,19 @@ class Cursor {
                            ? make_int2(max(its.row_begin, token - its.diagonal), its.row_end)
                            : make_int2(0, 0);
     }
-    const int last = position_ + kColumns - 1 - its.walk;
-    const bool all_seen = count == kColumns && !several && last < its.kv_end &&
-                          its.row_begin <= first_token_ && its.row_end > last_token_ &&
-                          last <= first_token_ + its.diagonal;
-    block.flags = (pairs_ ? flag::kPair : 0) | (all_seen ? 0 : flag::kMasked);
-    if (position_ + count >= end_) block.flags |= flag::kLast;
-    block.plain = pairs_ ? plain_blocks(its, count) : 0;
+    const bool is_whole =
+        count == kColumns && !several && position_ + kColumns - its.walk <= its.kv_end;
     block.item = item_;
-  }
-
-  // Of those behind the present one, which has `count` columns, in the segment of the lane's last
-  // column; what lane 31 finds is of the block's.
-  __device__ __forceinline__ int plain_blocks(const Segment& its, int count) const {
-    const bool may_have = count == kColumns && params_.even_pages && params_.has_tensor_maps &&
-                          (position_ - its.walk) % kRun == 0 && its.row_begin <= first_token_ &&
-                          its.row_end > last_token_;
-    // A last block is none, so that a consumer need not ask.
-    const int seen_up_to = min(its.kv_end, first_token_ + its.diagonal + 1) + its.walk;
-    const int tokens = min(seen_up_to, end_ - 1) - (position_ + kColumns);
-    return word(may_have ? max(tokens, 0) / kColumns : 0, 31);
+    describe(params_, its, position_, count, end_, is_whole, {first_token_, last_token_}, pairs_,
+             block);
+    // Blocks of several segments are seldom seen by few rows, and to find out takes long.
+    if (pairs_ && !several) {
+      block.flags |=
+          unseen(params_, item_, {first_token_, last_token_}, its.row_begin, its.row_end);
+    }
+    const bool has_runs =
+        params_.has_tensor_maps && params_.even_pages && (position_ - its.walk) % kRun == 0;
+    block.bulk = !params_.has_tensor_maps ? 0 : is_whole && has_runs ? kAllRuns : -1;
   }
 
   // Starts to load the unit of the item behind the present one, if that was not done.
@@ -228,8 +334,9 @@ class Cursor {
       mine_.pages = params_.kv_indices[level] + page_begin;
       mine_.walk = 0;
       window_size_ = 1;
-      position_ = first_kv_;
+      position_ = first_kv_ + skipped_;
       window_end_ = end_ = has_blocks ? first_kv_ + tokens_ : position_;
+      skipped_ = 0;
     } else {
       // Where it begins in the walk is known with the first window.
       position_ = window_end_ = 0;
@@ -251,7 +358,8 @@ class Cursor {
     if (tokens_ > 0) {
       position_ = word(mine_.walk, 0) + first_kv_;
       end_ = position_ + tokens_;
-      tokens_ = 0;
+      position_ += skipped_;
+      tokens_ = skipped_ = 0;
     }
     window_end_ = num_segments_ > window_size_ ? segments[2 * window_size_ + 1].w : end_;
     next_segment_ += window_size_;
@@ -262,12 +370,13 @@ class Cursor {
   const bool pairs_;
   const int32_t list_words_;
   const int lane_;
-  int next_item_;
   // The next item; its unit's words, one a lane.
+  int next_item_;
   int32_t next_words_;
   int next_head_, next_part_;
   bool next_is_matrix_;
-  bool fetched_ = true, looked_up_ = false;
+  bool fetched_ = true, looked_up_;
+  int skipped_;  // tokens of the first item that were looked up before
   // The present one.
   Item item_;
   int first_token_ = 0, last_token_ = 0;

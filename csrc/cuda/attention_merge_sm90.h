@@ -24,7 +24,16 @@ struct MergeShape {
   static constexpr int kHeadsAtOnce = kCtaWarps / kWarps * kHeads;
   // States of a row that a warp loads at once, before their weights are known.
   static constexpr int kAhead = kHeads > 2 ? 4 : 8;
+  // As many states are worth another warp.
+  static constexpr int kWorth = 4;
   static_assert(kWarps == 1 || (kHeads == 1 && kCtaWarps == kWarps));
+};
+
+// What the warps of a row have found.
+template <int kVec, class M>
+struct RowParts {
+  alignas(16) float values[M::kWarps > 1 ? M::kThreads : 1][kVec];
+  float peak[M::kWarps], total[M::kWarps];
 };
 
 // A state in the making: sums of a lane's elements, relative to `peak`.
@@ -74,28 +83,34 @@ class RowMerger {
     return {token, num_states, rows.w < 0, rows.w + of_tile, step};
   }
 
-  // The states of ranks part, part + kWarps, ... of each head. Of kAhead lanes each, heads have
+  // Warps that a row is worth.
+  __device__ __forceinline__ static int num_parts(const Row& row) {
+    return min(max((row.num_states + M::kWorth - 1) / M::kWorth, 1), M::kWarps);
+  }
+
+  // The states of ranks part, part + parts, ... of each head. Of kAhead lanes each, heads have
   // their states' lse, and the maximum and sum of these.
-  __device__ __forceinline__ void join(const Row& row, int part, Sums<kVec> (&sums)[M::kHeads]) {
+  __device__ __forceinline__ void join(const Row& row, int part, int parts,
+                                       Sums<kVec> (&sums)[M::kHeads]) {
     constexpr int kAhead = M::kAhead;
     const int heads = params_.num_qo_heads - head_;
     const int head = lane_ / kAhead, ahead = lane_ % kAhead;
-    const int64_t stride = int64_t{row.step} * M::kWarps * params_.num_qo_heads;
+    const int64_t stride = int64_t{row.step} * parts * params_.num_qo_heads;
     float peak = -INFINITY, total = 0;
 #pragma unroll
     for (Sums<kVec>& x : sums) x = {};
 #pragma unroll 1
-    for (int base = part; base < row.num_states; base += kAhead * M::kWarps) {
-      const int count = (row.num_states - base + M::kWarps - 1) / M::kWarps;
+    for (int base = part; base < row.num_states; base += kAhead * parts) {
+      const int left = row.num_states - base;
       const int64_t state = (row.first + int64_t{base} * row.step) * params_.num_qo_heads + head_;
-      const bool there = head < min(M::kHeads, heads) && ahead < count;
+      const bool there = head < min(M::kHeads, heads) && ahead * parts < left;
       const Vector* from = reinterpret_cast<const Vector*>(params_.partial_o) + state * 32 + lane_;
       Vector loaded[kAhead][M::kHeads];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
 #pragma unroll
         for (int h = 0; h < M::kHeads; ++h) {
-          if (i < count && h < heads) loaded[i][h] = from[h * 32];
+          if (i * parts < left && h < heads) loaded[i][h] = from[h * 32];
         }
         from += stride * 32;
       }
@@ -140,15 +155,32 @@ class RowMerger {
     }
   }
 
-  __device__ __forceinline__ static void add(Sums<kVec>& sums, const Sums<kVec>& other) {
-    const float peak = fmaxf(sums.peak, other.peak);
-    const float at = peak == -INFINITY ? 0 : peak;
-    const float mine = exp2_fast(sums.peak - at), its = exp2_fast(other.peak - at);
-    sums.peak = peak;
-    sums.total = sums.total * mine + other.total * its;
+  // All parts of a row, by one warp: lanes weigh a part each.
+  __device__ __forceinline__ void add_up(const RowParts<kVec, M>& found, int parts,
+                                         Sums<kVec>& sums) const {
+    const bool there = lane_ < parts;
+    const float mine = there ? found.peak[there ? lane_ : 0] : -INFINITY;
+    float peak = mine;
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      sums.values[j] = scaled(sums.values[j], mine) + scaled(other.values[j], its);
+    for (int delta = M::kWarps / 2; delta > 0; delta >>= 1) {
+      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, delta));
+    }
+    peak = __shfl_sync(~0u, peak, 0);
+    const float weight = exp2_fast(mine - (peak == -INFINITY ? 0 : peak));
+    float total = there ? found.total[there ? lane_ : 0] * weight : 0;
+#pragma unroll
+    for (int delta = M::kWarps / 2; delta > 0; delta >>= 1) {
+      total += __shfl_xor_sync(~0u, total, delta);
+    }
+    sums = {peak, __shfl_sync(~0u, total, 0), {}};
+#pragma unroll
+    for (int w = 0; w < M::kWarps; ++w) {
+      const float factor = __shfl_sync(~0u, weight, w);
+      if (w >= parts || factor == 0) continue;  // what an empty part holds never enters
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        sums.values[j] = fmaf(factor, found.values[32 * w + lane_][j], sums.values[j]);
+      }
     }
   }
 
@@ -200,7 +232,7 @@ template <class T, int kHeadDim, class M>
 __global__ void __launch_bounds__(M::kThreads, M::kCtas)
     merge_kernel(const __grid_constant__ Params params) {
   using Merger = RowMerger<T, kHeadDim, M>;
-  __shared__ Sums<Merger::kVec> parts[M::kWarps > 1 ? M::kThreads : 1];
+  __shared__ RowParts<Merger::kVec, M> found;
   const auto& header = *reinterpret_cast<const gpu::Header*>(params.schedule);
   const int warp = threadIdx.x / 32, part = warp % M::kWarps;
   const int head = blockIdx.y * M::kHeadsAtOnce + warp / M::kWarps * M::kHeads;
@@ -216,14 +248,21 @@ __global__ void __launch_bounds__(M::kThreads, M::kCtas)
     wait_for_earlier_kernels();
     if (row.num_states == 0 || !row.written) {
       Sums<Merger::kVec> sums[M::kHeads];
-      merger.join(row, part, sums);
+      const int parts = Merger::num_parts(row);
+      if (part < parts) merger.join(row, part, parts, sums);
       if constexpr (M::kWarps > 1) {
-        __syncthreads();
-        parts[threadIdx.x] = sums[0];
-        __syncthreads();
-        if (part == 0) {
+        if (parts > 1) {
+          __syncthreads();
+          if (part < parts) {
 #pragma unroll
-          for (int w = 1; w < M::kWarps; ++w) Merger::add(sums[0], parts[threadIdx.x + 32 * w]);
+            for (int j = 0; j < Merger::kVec; ++j) found.values[threadIdx.x][j] = sums[0].values[j];
+            if (threadIdx.x % 32 == 0) {
+              found.peak[part] = sums[0].peak;
+              found.total[part] = sums[0].total;
+            }
+          }
+          __syncthreads();
+          if (part == 0) merger.add_up(found, parts, sums[0]);
         }
       }
 #pragma unroll

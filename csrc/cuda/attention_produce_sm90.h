@@ -12,8 +12,6 @@ template <int kHeadDim>
 class Producer {
  public:
   using S = Shape<kHeadDim>;
-  static constexpr int kAllRuns = (1 << kRuns) - 1;
-
   __device__ __forceinline__ Producer(const Params& params, Shared<kHeadDim>& shared, int warp,
                                       int lane)
       : params_(params), shared_(shared), rows_(shared.rows[warp]), warp_(warp), lane_(lane) {}
@@ -23,6 +21,22 @@ class Producer {
     const int32_t pair_words = list_words(0), own_words = list_words(1 + consumer);
     const bool marked = word(pair_words, list::kItem) < word(pair_words, list::kItems);
     if (!marked) stage_.align(consumer);
+    // The first block comes as soon as may be.
+    const int first_others = marked ? warp_ : warp_ / kConsumers;
+    int blocks = 0;  // of the first list, up to that one
+    {
+      FirstBlock first(params_, marked, marked ? pair_words : own_words, lane_);
+      Block block;
+      if (first.look_up(first_others, block)) {
+        blocks = first_others + 1;
+        const int step = marked ? 1 : kConsumers;
+        stage_.advance(first_others * step);
+        if (warp_ >= kFirstWarps) take_turn();
+        publish<true>(block, [&] { first.describe_to(block); });
+        stage_.advance(step);
+      }
+    }
+    in_turn_ = blocks > 0;
 #pragma unroll 1
     for (int kind = marked ? 0 : 1; kind < 2; ++kind) {
       const bool pairs = kind == 0;
@@ -30,14 +44,15 @@ class Producer {
       const int step = pairs ? 1 : kConsumers;
       static_assert(kConsumers == 2);
       const int turns = S::kProducerWarps >> kind, its_turn = warp_ >> kind;
-      Cursor cursor(params_, pairs, pairs ? pair_words : own_words, lane_);
+      Cursor cursor(params_, pairs, pairs ? pair_words : own_words, lane_, blocks);
       // One consumer frees a list's own places, in order, but both free those up to the mark. A
       // warp that went on before these are free could take the state of a barrier two rounds ago
       // for the last one's. (A warp that has filled no place near the mark may pass here early;
       // then the list's other warp has, and holds it up at its next turn.)
       if (marked && !pairs) barrier_wait(&shared_.k_empty[common_.index], common_.parity);
       // Blocks of other warps before this one's next.
-      int others = its_turn;
+      int others = blocks > 0 ? turns - 1 : its_turn;
+      blocks = 0;
       for (;;) {
         int left = others;
         Block block;
@@ -46,13 +61,15 @@ class Producer {
         others = left;
         if (!found) break;
         if (!in_turn_ && warp_ >= kFirstWarps) take_turn();
-        publish(block);
+        publish<false>(block, [] {});
         if (!in_turn_) take_turn();
+        in_turn_ = true;
         stage_.advance(step);
         others = turns - 1;
       }
       // In the first list, or one that waits for the others would wait for what waits for it.
       if (!in_turn_) take_turn();
+      in_turn_ = true;
       if (others == 0) mark(pairs ? flag::kSolo : flag::kStop);
       if (pairs) {
         common_ = stage_.own_or_before(consumer);
@@ -67,7 +84,6 @@ class Producer {
   // come at about the same time, late.
   static constexpr int kFirstWarps = S::kFirstWarps;
   __device__ __forceinline__ void take_turn() {
-    in_turn_ = true;
     if constexpr (S::kProducerWarps > kConsumers) {
       if (warp_ < kFirstWarps) {
         barrier_arrive(&shared_.first_blocks);
@@ -82,32 +98,34 @@ class Producer {
     return reinterpret_cast<const int32_t*>(&item_list(params_, list))[lane_];
   }
 
-  __device__ __forceinline__ void publish(const Block& block) {
+  // kFirst: the warp's first block, behind whose keys it lets others begin. What describe() finds
+  // out, for the consumers, is not needed before.
+  template <bool kFirst, class F>
+  __device__ __forceinline__ void publish(const Block& block, F describe) {
     const int stage = stage_.index, parity = stage_.parity;
     // A page number outside of the cache reads some page of it, not other memory.
     uint32_t page[kLaneColumns], live[kLaneColumns];
-    int bulk = 0;  // bit r: run r is neighbours in a page
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c) {
-      const Column& column = block.columns[c];
-      page[c] =
-          min(static_cast<uint32_t>(column.page), static_cast<uint32_t>(params_.num_pages - 1));
-      const uint32_t first_page = __shfl_sync(~0u, page[c], lane_ & kRun);
-      const int first_slot = __shfl_sync(~0u, column.slot, lane_ & kRun);
-      live[c] = __ballot_sync(~0u, column.live);
-      const uint32_t neighbours =
-          live[c] &
-          __ballot_sync(~0u, page[c] == first_page && column.slot == first_slot + lane_ % kRun);
-      if ((neighbours & 0xFFFF) == 0xFFFF) bulk |= 1 << 2 * c;
-      if (neighbours >> 16 == 0xFFFF) bulk |= 2 << 2 * c;
+      page[c] = min(static_cast<uint32_t>(block.columns[c].page),
+                    static_cast<uint32_t>(params_.num_pages - 1));
+      live[c] = ~0u;
     }
-    if (!params_.has_tensor_maps) bulk = 0;
-    if (bulk != kAllRuns) store_rows(block, page);
+    const int bulk = block.bulk < 0 ? find_runs(block, page) : block.bulk;
+    if (bulk != kAllRuns) {
+#pragma unroll
+      for (int c = 0; c < kLaneColumns; ++c) live[c] = __ballot_sync(~0u, block.columns[c].live);
+      store_rows(block, page);
+    }
     // Not unrolled: in a small batch, what runs but once waits for its instructions.
-#pragma unroll 1
+    constexpr int kUnrolled = kFirst ? 2 : 1;
+#pragma unroll kUnrolled
     for (int values = 0; values < 2; ++values) {
       barrier_wait(values ? &shared_.v_empty[stage] : &shared_.k_empty[stage], parity ^ 1);
-      if (values) publish_entry(block, bulk != kAllRuns);
+      if (values) {
+        describe();
+        publish_entry(block, bulk != kAllRuns);
+      }
       uint64_t* full = values ? &shared_.v_full[stage] : &shared_.k_full[stage];
       const uint32_t tile = shared_address(values ? shared_.v[stage] : shared_.k[stage]);
       int run_page[kRuns], run_slot[kRuns];
@@ -132,7 +150,10 @@ class Producer {
         }
       }
       __syncwarp();
-      if (bulk == kAllRuns) continue;
+      if (bulk == kAllRuns) {
+        if (kFirst && values && warp_ < kFirstWarps) take_turn();
+        continue;
+      }
 #pragma unroll 1
       for (int r = 0; r < kRuns; ++r) {
         if (!(bulk >> r & 1)) {
@@ -141,9 +162,26 @@ class Producer {
         }
       }
       barrier_arrive_after_copies(full);
-      // Gathers take long: the others begin behind these keys.
-      if (!in_turn_) take_turn();
+      // Gathers take long: the others begin behind the keys.
+      if (kFirst && !values && warp_ < kFirstWarps) take_turn();
     }
+  }
+
+  // Bit r: run r is neighbours in a page.
+  __device__ __forceinline__ int find_runs(const Block& block,
+                                           const uint32_t (&page)[kLaneColumns]) const {
+    int runs = 0;
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) {
+      const Column& column = block.columns[c];
+      const uint32_t first_page = __shfl_sync(~0u, page[c], lane_ & kRun);
+      const int first_slot = __shfl_sync(~0u, column.slot, lane_ & kRun);
+      const uint32_t neighbours = __ballot_sync(
+          ~0u, column.live && page[c] == first_page && column.slot == first_slot + lane_ % kRun);
+      if ((neighbours & 0xFFFF) == 0xFFFF) runs |= 1 << 2 * c;
+      if (neighbours >> 16 == 0xFFFF) runs |= 2 << 2 * c;
+    }
+    return runs;
   }
 
   __device__ __forceinline__ void publish_entry(const Block& block, bool gathered) {

@@ -79,11 +79,12 @@ struct Item {
 };
 
 namespace flag {
-constexpr int kPair = 1;    // both consumers serve the item
-constexpr int kLast = 2;    // block of the item
-constexpr int kMasked = 4;  // some row does not see some column
-constexpr int kSolo = 8;    // no block: from here on each consumer has items of its own
-constexpr int kStop = 16;   // no block: there is no other
+constexpr int kPair = 1;     // both consumers serve the item
+constexpr int kLast = 2;     // block of the item
+constexpr int kMasked = 4;   // some row does not see some column
+constexpr int kSolo = 8;     // no block: from here on each consumer has items of its own
+constexpr int kStop = 16;    // no block: there is no other
+constexpr int kUnseen = 32;  // times 1 or 2: no row of consumer 0 or 1 sees any column
 }  // namespace flag
 
 // One block of columns, as consumers must know it.
@@ -146,7 +147,6 @@ struct Shared {
   uint64_t first_blocks;  // passed once, when the first warps' first blocks are asked for
 };
 
-// Barriers of threads: 1 + a consumer's number its own, 3 + that number its turn to compute.
 // A place in a ring and the parity of the round through it.
 template <int kSize>
 struct RingPlace {

@@ -28,11 +28,19 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::write_units(int num_units) 
     if (u >= 0 && u < matrix_units) {
       const MatrixUnit unit = matrix_unit(u);
       range.has_kv = unit.tokens > 0 && unit.segment_end > unit.segment_begin;
+      range.level = unit.level;
+      range.page_begin = unit.page_begin;
+      range.kv_begin = unit.first_kv;
+      range.kv_end = unit.first_end;
       *(list != nullptr ? reinterpret_cast<MatrixUnit*>(list->unit)
                         : table<MatrixUnit>(layout.matrix_at) + u) = unit;
     } else if (u >= 0) {
       const StreamUnit unit = stream_unit(u - matrix_units);
       range.has_kv = unit.kv_end > unit.kv_begin;
+      range.level = unit.level;
+      range.page_begin = unit.page_begin;
+      range.kv_begin = unit.kv_begin;
+      range.kv_end = unit.kv_end;
       *(list != nullptr ? reinterpret_cast<StreamUnit*>(list->unit)
                         : table<StreamUnit>(layout.stream_at) + u - matrix_units) = unit;
     }

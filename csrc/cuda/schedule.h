@@ -125,7 +125,9 @@ struct alignas(16) ItemRange {
   int32_t num_matrix;    // of them, matrix units' items
   int32_t units_a_head;  // matrix units times parts
   int32_t parts;         // of a matrix unit's rows
-  int32_t reserved[4];
+  // Where the first item's KV begins: tokens [kv_begin, kv_end) of a group whose pages start at
+  // page_begin of the level's kv_indices.
+  int32_t level, page_begin, kv_begin, kv_end;
 };
 struct alignas(16) ItemList {
   int32_t unit[16];  // the first item's MatrixUnit or StreamUnit

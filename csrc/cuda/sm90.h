@@ -76,6 +76,13 @@ __device__ __forceinline__ void fence_barrier_init() {
 
 // --- asynchronous copies
 
+// A load that is where it is written: the compiler would put it behind what may make it needless.
+__device__ __forceinline__ int32_t load_now(const int32_t* p) {
+  int32_t x;
+  asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(p));
+  return x;
+}
+
 __device__ __forceinline__ void prefetch_line(const void* p) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
