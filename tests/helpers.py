@@ -31,8 +31,13 @@ with tempfile.TemporaryDirectory() as folder:
 
 @cache
 def packages_load() -> bool:
-    """Whether AOTInductor serves a model of torch's own here. On some machines the load crashes."""
-    result = subprocess.run([sys.executable, "-c", PLAIN_PACKAGE], check=False, capture_output=True)
+    """Whether AOTInductor serves a model of torch's own here. On some machines the load crashes,
+    or never ends."""
+    command = [sys.executable, "-c", PLAIN_PACKAGE]
+    try:
+        result = subprocess.run(command, check=False, capture_output=True, timeout=100)
+    except subprocess.TimeoutExpired:
+        return False
     return result.returncode == 0
 
 
