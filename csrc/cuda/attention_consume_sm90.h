@@ -13,7 +13,7 @@
 
 namespace flashinfer_ops::sm90 {
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kBulk>
 class Consumer {
  public:
   using S = Shape<kHeadDim>;
@@ -196,7 +196,7 @@ class Consumer {
 
   // None of the consumer's rows sees any of it: there is nothing to compute.
   __device__ __forceinline__ bool is_unseen(const Step& step) const {
-    return step.unseen & flag::kUnseen << number_;
+    return kBulk && step.unseen & flag::kUnseen << number_;
   }
 
   // A step's scores to weights, and the former output in proportion to them.
@@ -226,7 +226,7 @@ class Consumer {
     while (!step.last) {
       bool ready = false;
       // Most blocks of a long walk: nothing needs to be asked about them.
-      while (blocks_.plain() >= kStepBlocks && !is_unseen(step)) {
+      while (kBulk && blocks_.plain() >= kStepBlocks && !is_unseen(step)) {
         next = blocks_.next_plain_step();
         if (!ready) {
           blocks_.wait_for_values(step);
@@ -242,7 +242,7 @@ class Consumer {
         if (next.count < kStepBlocks || is_unseen(step) || is_unseen(next)) return;
         ready = multiply<false>(step, next, token);
         step = next;
-      } while (!step.last && blocks_.plain() < kStepBlocks);
+      } while (!step.last && !(kBulk && blocks_.plain() >= kStepBlocks));
     }
   }
 
@@ -253,7 +253,7 @@ class Consumer {
                                            const int (&token)[2]) {
     show(step, next);
     // What only one consumer computes needs no turns.
-    const bool both = ((step.unseen | next.unseen) & 3 * flag::kUnseen) == 0;
+    const bool both = !kBulk || ((step.unseen | next.unseen) & 3 * flag::kUnseen) == 0;
     if (both) wait_for_turn();
     pin_scores();
     pin_output();

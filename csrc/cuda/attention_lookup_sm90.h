@@ -52,8 +52,9 @@ struct Segment {
 
 // Whether the runs of a block that is 64 tokens of one segment are neighbours in pages, where that
 // is known beforehand; else -1.
+template <bool kBulk>
 __device__ __forceinline__ int bulk_runs(const Params& params, int position) {
-  if (!params.has_tensor_maps) return 0;
+  if (!kBulk) return 0;
   return params.even_pages && position % kRun == 0 ? kAllRuns : -1;
 }
 
@@ -73,6 +74,7 @@ __device__ __forceinline__ int unseen(const Params& params, const Item& item, co
 
 // What holds for the `count` columns from `position` of a walk that ends at `end`. `its`: the
 // segment of the lane's last column; `is_whole`: all 64 columns are tokens of that one.
+template <bool kBulk>
 __device__ __forceinline__ void describe(const Params& params, const Segment& its, int position,
                                          int count, int end, bool is_whole, const Tokens& tokens,
                                          bool pairs, Block& block) {
@@ -83,8 +85,8 @@ __device__ __forceinline__ void describe(const Params& params, const Segment& it
   if (position + count >= end) block.flags |= flag::kLast;
   // Plain blocks behind this one, in the segment of the lane's last column; what lane 31 finds is
   // of the block's. A last block is none, so that a consumer need not ask.
-  const bool may_have =
-      pairs && all_rows && count == kColumns && bulk_runs(params, position - its.walk) == kAllRuns;
+  const bool may_have = pairs && all_rows && count == kColumns &&
+                        bulk_runs<kBulk>(params, position - its.walk) == kAllRuns;
   const int seen_up_to = min(its.kv_end, tokens.first + its.diagonal + 1) + its.walk;
   const int plain = max(min(seen_up_to, end - 1) - (position + kColumns), 0) / kColumns;
   block.plain = word(may_have ? plain : 0, 31);
@@ -92,6 +94,7 @@ __device__ __forceinline__ void describe(const Params& params, const Segment& it
 
 // The block behind `others` of a list, if all of it is in the first item's first segment: with as
 // little as possible before its page numbers, and then its keys, are asked for.
+template <bool kBulk>
 class FirstBlock {
  public:
   __device__ __forceinline__ FirstBlock(const Params& params, bool pairs, int32_t words, int lane)
@@ -119,7 +122,7 @@ class FirstBlock {
     }
     // What is not needed for these comes behind them.
     __syncwarp();
-    block.bulk = bulk_runs(params_, position_);
+    block.bulk = bulk_runs<kBulk>(params_, position_);
     return true;
   }
 
@@ -141,8 +144,8 @@ class FirstBlock {
     }
     const int end = is_matrix ? kv_begin + word(words_, 15) : kv_end;
     const Tokens tokens = tokens_of(params_, block.item, pairs_);
-    describe(params_, its, position_, kColumns, end, true, tokens, pairs_, block);
-    if (pairs_) {
+    describe<kBulk>(params_, its, position_, kColumns, end, true, tokens, pairs_, block);
+    if (kBulk && pairs_) {
       block.flags |= unseen(params_, block.item, tokens, its.row_begin, its.row_end);
     }
   }
@@ -156,6 +159,7 @@ class FirstBlock {
 };
 
 // One warp's way through the items of one list: unit by unit, block by block.
+template <bool kBulk>
 class Cursor {
  public:
   // Registers are few: a lane holds one word of the list's.
@@ -242,16 +246,15 @@ class Cursor {
     const bool is_whole =
         count == kColumns && !several && position_ + kColumns - its.walk <= its.kv_end;
     block.item = item_;
-    describe(params_, its, position_, count, end_, is_whole, {first_token_, last_token_}, pairs_,
-             block);
+    describe<kBulk>(params_, its, position_, count, end_, is_whole, {first_token_, last_token_},
+                    pairs_, block);
     // Blocks of several segments are seldom seen by few rows, and to find out takes long.
-    if (pairs_ && !several) {
+    if (kBulk && pairs_ && !several) {
       block.flags |=
           unseen(params_, item_, {first_token_, last_token_}, its.row_begin, its.row_end);
     }
-    const bool has_runs =
-        params_.has_tensor_maps && params_.even_pages && (position_ - its.walk) % kRun == 0;
-    block.bulk = !params_.has_tensor_maps ? 0 : is_whole && has_runs ? kAllRuns : -1;
+    const bool has_runs = params_.even_pages && (position_ - its.walk) % kRun == 0;
+    block.bulk = !kBulk ? 0 : is_whole && has_runs ? kAllRuns : -1;
   }
 
   // Starts to load the unit of the item behind the present one, if that was not done.

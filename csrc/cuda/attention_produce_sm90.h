@@ -8,7 +8,9 @@
 
 namespace flashinfer_ops::sm90 {
 
-template <int kHeadDim>
+// kBulk: whether anything can be copied in bulk. Where nothing can, what else there is makes the
+// gathers slower by its instructions alone.
+template <int kHeadDim, bool kBulk>
 class Producer {
  public:
   using S = Shape<kHeadDim>;
@@ -25,7 +27,7 @@ class Producer {
     const int first_others = marked ? warp_ : warp_ / kConsumers;
     int blocks = 0;  // of the first list, up to that one
     {
-      FirstBlock first(params_, marked, marked ? pair_words : own_words, lane_);
+      FirstBlock<kBulk> first(params_, marked, marked ? pair_words : own_words, lane_);
       Block block;
       if (first.look_up(first_others, block)) {
         blocks = first_others + 1;
@@ -44,7 +46,7 @@ class Producer {
       const int step = pairs ? 1 : kConsumers;
       static_assert(kConsumers == 2);
       const int turns = S::kProducerWarps >> kind, its_turn = warp_ >> kind;
-      Cursor cursor(params_, pairs, pairs ? pair_words : own_words, lane_, blocks);
+      Cursor<kBulk> cursor(params_, pairs, pairs ? pair_words : own_words, lane_, blocks);
       // One consumer frees a list's own places, in order, but both free those up to the mark. A
       // warp that went on before these are free could take the state of a barrier two rounds ago
       // for the last one's. (A warp that has filled no place near the mark may pass here early;
@@ -111,7 +113,7 @@ class Producer {
                     static_cast<uint32_t>(params_.num_pages - 1));
       live[c] = ~0u;
     }
-    const int bulk = block.bulk < 0 ? find_runs(block, page) : block.bulk;
+    const int bulk = !kBulk ? 0 : block.bulk < 0 ? find_runs(block, page) : block.bulk;
     if (bulk != kAllRuns) {
 #pragma unroll
       for (int c = 0; c < kLaneColumns; ++c) live[c] = __ballot_sync(~0u, block.columns[c].live);
@@ -128,26 +130,30 @@ class Producer {
       }
       uint64_t* full = values ? &shared_.v_full[stage] : &shared_.k_full[stage];
       const uint32_t tile = shared_address(values ? shared_.v[stage] : shared_.k[stage]);
-      int run_page[kRuns], run_slot[kRuns];
-#pragma unroll
-      for (int r = 0; r < kRuns; ++r) {
-        run_page[r] = __shfl_sync(~0u, static_cast<int>(page[r / 2]), r % 2 * kRun);
-        run_slot[r] = __shfl_sync(~0u, block.columns[r / 2].slot, r % 2 * kRun);
-      }
-      // An arrival of each lane, and one with the bytes of bulk copies.
-      if (elect_lane()) {
-        const CUtensorMap* map = values ? &params_.v_map : &params_.k_map;
-        barrier_arrive_expecting(full, __popc(bulk) * kRun * kHeadDim * 2);
-        if (bulk == kAllRuns) barrier_arrive(full, 32);
+      if constexpr (kBulk) {
+        int run_page[kRuns], run_slot[kRuns];
 #pragma unroll
         for (int r = 0; r < kRuns; ++r) {
-          if (!(bulk >> r & 1)) continue;
+          run_page[r] = __shfl_sync(~0u, static_cast<int>(page[r / 2]), r % 2 * kRun);
+          run_slot[r] = __shfl_sync(~0u, block.columns[r / 2].slot, r % 2 * kRun);
+        }
+        // An arrival of each lane, and one with the bytes of bulk copies.
+        if (elect_lane()) {
+          const CUtensorMap* map = values ? &params_.v_map : &params_.k_map;
+          barrier_arrive_expecting(full, __popc(bulk) * kRun * kHeadDim * 2);
+          if (bulk == kAllRuns) barrier_arrive(full, 32);
 #pragma unroll
-          for (int atom = 0; atom < S::kAtoms; ++atom) {
-            copy_box(tile + atom * S::kAtomBytes + r * kRun * 128, map, atom * 64, run_slot[r],
-                     block.item.kv_head, run_page[r], full);
+          for (int r = 0; r < kRuns; ++r) {
+            if (!(bulk >> r & 1)) continue;
+#pragma unroll
+            for (int atom = 0; atom < S::kAtoms; ++atom) {
+              copy_box(tile + atom * S::kAtomBytes + r * kRun * 128, map, atom * 64, run_slot[r],
+                       block.item.kv_head, run_page[r], full);
+            }
           }
         }
+      } else {
+        barrier_arrive_if(lane_ == 0, full, 1);
       }
       __syncwarp();
       if (bulk == kAllRuns) {

@@ -42,7 +42,7 @@ __device__ __forceinline__ void init_barriers(Shared<kHeadDim>& shared, int warp
   fence_barrier_init();
 }
 
-template <class T, int kHeadDim>
+template <class T, int kHeadDim, bool kBulk>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_kernel(const __grid_constant__ Params params) {
   extern __shared__ char memory[];
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<Shared<kHeadDim>*>(memory + (-shared_address(memory) & 1023));
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   init_barriers(shared, warp);
-  if (threadIdx.x == kThreads - 1 && params.has_tensor_maps) {
+  if (kBulk && threadIdx.x == kThreads - 1) {
     prefetch_tensor_map(&params.k_map);
     prefetch_tensor_map(&params.v_map);
   }
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < kWarpgroup / 32) {
     give_up_registers<Shape<kHeadDim>::kProducerRegisters>();
     if (warp < Shape<kHeadDim>::kProducerWarps) {
-      Producer<kHeadDim>(params, shared, warp, threadIdx.x % 32).run();
+      Producer<kHeadDim, kBulk>(params, shared, warp, threadIdx.x % 32).run();
     }
   } else {
     take_registers<Shape<kHeadDim>::kConsumerRegisters>();
-    Consumer<T, kHeadDim>(params, shared, warp / 4 - 1, threadIdx.x % kWarpgroup).run();
+    Consumer<T, kHeadDim, kBulk>(params, shared, warp / 4 - 1, threadIdx.x % kWarpgroup).run();
   }
 }
 
@@ -94,8 +94,9 @@ constexpr int kSharedBytes = sizeof(Shared<kHeadDim>) + 1024;
 template <class T, int kHeadDim>
 void run(const Params& params, int sms, cudaStream_t stream) {
   static_assert(kSharedBytes<T, kHeadDim> <= 227 * 1024);
-  launch(attention_kernel<T, kHeadDim>, dim3(sms), kThreads, kSharedBytes<T, kHeadDim>, stream,
-         params);
+  const auto kernel = params.has_tensor_maps ? attention_kernel<T, kHeadDim, true>
+                                             : attention_kernel<T, kHeadDim, false>;
+  launch(kernel, dim3(sms), kThreads, kSharedBytes<T, kHeadDim>, stream, params);
   const auto merge = [&](auto shape) {
     using M = decltype(shape);
     const int y = (params.num_qo_heads + M::kHeadsAtOnce - 1) / M::kHeadsAtOnce;
@@ -145,10 +146,12 @@ int hopper_sms(int device) {
       for (const int64_t head_dim : {64, 128, 256}) {
         dispatch(dtype, head_dim, [](auto element, auto dim) {
           using T = decltype(element);
-          check_cuda(cudaFuncSetAttribute(attention_kernel<T, dim()>,
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          kSharedBytes<T, dim()>),
-                     "cudaFuncSetAttribute");
+          for (const auto kernel :
+               {attention_kernel<T, dim(), false>, attention_kernel<T, dim(), true>}) {
+            check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            kSharedBytes<T, dim()>),
+                       "cudaFuncSetAttribute");
+          }
         });
       }
     }
