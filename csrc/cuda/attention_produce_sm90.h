@@ -14,6 +14,7 @@ template <int kHeadDim, bool kBulk>
 class Producer {
  public:
   using S = Shape<kHeadDim>;
+
   __device__ __forceinline__ Producer(const Params& params, Shared<kHeadDim>& shared, int warp,
                                       int lane)
       : params_(params), shared_(shared), rows_(shared.rows[warp]), warp_(warp), lane_(lane) {}
@@ -119,7 +120,7 @@ class Producer {
       for (int c = 0; c < kLaneColumns; ++c) live[c] = __ballot_sync(~0u, block.columns[c].live);
       store_rows(block, page);
     }
-    // Not unrolled: in a small batch, what runs but once waits for its instructions.
+    // Unrolled for the first block only: the loop of all others shall be short.
     constexpr int kUnrolled = kFirst ? 2 : 1;
 #pragma unroll kUnrolled
     for (int values = 0; values < 2; ++values) {
