@@ -13,6 +13,7 @@
 
 namespace flashinfer_ops::sm90 {
 
+// kBulk: as of the producers; without it no block is plain or unseen by a consumer.
 template <class T, int kHeadDim, bool kBulk>
 class Consumer {
  public:

@@ -73,11 +73,11 @@ __device__ __forceinline__ int unseen(const Params& params, const Item& item, co
 }
 
 // What holds for the `count` columns from `position` of a walk that ends at `end`. `its`: the
-// segment of the lane's last column; `is_whole`: all 64 columns are tokens of that one.
+// segment of the lane's last column; `is_one`: of all of them; `is_whole`: and of 64 tokens.
 template <bool kBulk>
 __device__ __forceinline__ void describe(const Params& params, const Segment& its, int position,
-                                         int count, int end, bool is_whole, const Tokens& tokens,
-                                         bool pairs, Block& block) {
+                                         int count, int end, bool is_one, bool is_whole,
+                                         const Tokens& tokens, bool pairs, Block& block) {
   const int last = position + kColumns - 1 - its.walk;
   const bool all_rows = its.row_begin <= tokens.first && its.row_end > tokens.last;
   const bool all_seen = is_whole && all_rows && last <= tokens.first + its.diagonal;
@@ -90,6 +90,10 @@ __device__ __forceinline__ void describe(const Params& params, const Segment& it
   const int seen_up_to = min(its.kv_end, tokens.first + its.diagonal + 1) + its.walk;
   const int plain = max(min(seen_up_to, end - 1) - (position + kColumns), 0) / kColumns;
   block.plain = word(may_have ? plain : 0, 31);
+  // Blocks of several segments are seldom seen by few rows, and to find out takes long.
+  if (kBulk && pairs && is_one) {
+    block.flags |= unseen(params, block.item, tokens, its.row_begin, its.row_end);
+  }
 }
 
 // The block behind `others` of a list, if all of it is in the first item's first segment: with as
@@ -144,10 +148,7 @@ class FirstBlock {
     }
     const int end = is_matrix ? kv_begin + word(words_, 15) : kv_end;
     const Tokens tokens = tokens_of(params_, block.item, pairs_);
-    describe<kBulk>(params_, its, position_, kColumns, end, true, tokens, pairs_, block);
-    if (kBulk && pairs_) {
-      block.flags |= unseen(params_, block.item, tokens, its.row_begin, its.row_end);
-    }
+    describe<kBulk>(params_, its, position_, kColumns, end, true, true, tokens, pairs_, block);
   }
 
  private:
@@ -246,13 +247,8 @@ class Cursor {
     const bool is_whole =
         count == kColumns && !several && position_ + kColumns - its.walk <= its.kv_end;
     block.item = item_;
-    describe<kBulk>(params_, its, position_, count, end_, is_whole, {first_token_, last_token_},
-                    pairs_, block);
-    // Blocks of several segments are seldom seen by few rows, and to find out takes long.
-    if (kBulk && pairs_ && !several) {
-      block.flags |=
-          unseen(params_, item_, {first_token_, last_token_}, its.row_begin, its.row_end);
-    }
+    describe<kBulk>(params_, its, position_, count, end_, !several, is_whole,
+                    {first_token_, last_token_}, pairs_, block);
     const bool has_runs = params_.even_pages && (position_ - its.walk) % kRun == 0;
     block.bulk = !kBulk ? 0 : is_whole && has_runs ? kAllRuns : -1;
   }

@@ -159,7 +159,7 @@ class RowMerger {
   __device__ __forceinline__ void add_up(const RowParts<kVec, M>& found, int parts,
                                          Sums<kVec>& sums) const {
     const bool there = lane_ < parts;
-    const float mine = there ? found.peak[there ? lane_ : 0] : -INFINITY;
+    const float mine = there ? found.peak[lane_] : -INFINITY;
     float peak = mine;
 #pragma unroll
     for (int delta = M::kWarps / 2; delta > 0; delta >>= 1) {
@@ -167,7 +167,7 @@ class RowMerger {
     }
     peak = __shfl_sync(~0u, peak, 0);
     const float weight = exp2_fast(mine - (peak == -INFINITY ? 0 : peak));
-    float total = there ? found.total[there ? lane_ : 0] * weight : 0;
+    float total = there ? found.total[lane_] * weight : 0;
 #pragma unroll
     for (int delta = M::kWarps / 2; delta > 0; delta >>= 1) {
       total += __shfl_xor_sync(~0u, total, delta);
