@@ -53,6 +53,7 @@ class Tables:
     tile_tokens: int
     num_partial_rows: int
     stream_tokens: int
+    merges: int  # 0 where every row has exactly one state
     tiles: list[list[int]]
     matrix_units: list[list[int]]
     stream_units: list[list[int]]
@@ -65,7 +66,7 @@ class Tables:
 def tables(schedule: Tensor, num_groups: Sequence[int], num_ctas: int = 0) -> Tables:
     schedule = schedule.cpu()
     layout: GpuSchedule = gpu_schedule(tuple(num_groups))
-    tokens, tiles, tile_tokens, matrix, stream, partial, stream_tokens = schedule[:7].tolist()
+    tokens, tiles, tile_tokens, matrix, stream, partial, own, merges = schedule[:8].tolist()
 
     def rows(at: int, count: int, words: int) -> list[list[int]]:
         result: list[list[int]] = schedule[at : at + count * words].reshape(count, words).tolist()
@@ -78,7 +79,8 @@ def tables(schedule: Tensor, num_groups: Sequence[int], num_ctas: int = 0) -> Ta
         tiles,
         tile_tokens,
         partial,
-        stream_tokens,
+        own,
+        merges,
         tile_rows,
         matrix_units,
         rows(layout.stream_at, stream, 8),
@@ -196,6 +198,7 @@ def check(
         for row in range(u[0], u[1]):
             states.setdefault(row, []).append((u[2] + row - u[0] if u[2] >= 0 else -1, index))
 
+    assert bool(t.merges) == any(tile[2] == 0 or tile[6] != 1 for tile in t.tiles)
     scratch: set[int] = set()
     for tile in t.tiles:
         for row in range(tile[0], tile[1]):

@@ -147,7 +147,7 @@ def test_long_suffixes_of_many_requests(
 ) -> None:
     """Suffixes are own pieces, and some SMs begin with them while others compute the prefix."""
     forest = forest_of(
-        [[256], [1] * 256], [[prefix], [400 + i % 5 for i in range(256)]], num_qo_heads=8,
+        [[256], [1] * 256], [[prefix], [500 + i % 5 for i in range(256)]], num_qo_heads=8,
         num_kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=HALF, device=cuda,
     )  # fmt: skip
     check(run(forest), forest)

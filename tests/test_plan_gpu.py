@@ -94,7 +94,7 @@ def test_some_sms_read_while_others_compute(prefix: int) -> None:
     or one less, and the rest begin with no more stream units than there are."""
     heads, sms = 2, 132
     forest = forest_of(
-        [[128], [1] * 128], [[prefix], [400] * 128], num_qo_heads=4 * heads, num_kv_heads=heads,
+        [[128], [1] * 128], [[prefix], [600] * 128], num_qo_heads=4 * heads, num_kv_heads=heads,
         head_dim=8,
     )  # fmt: skip
     t = checked(forest, packed=True)

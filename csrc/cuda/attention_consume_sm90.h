@@ -27,8 +27,9 @@ class Consumer {
         warp_(thread / 32),
         lane_(thread % 32),
         q_tile_(tile_descriptor(shared_address(shared.q) + number * S::kQueryBytes)),
-        k_tiles_(tile_descriptor(shared_address(shared.k))),
-        v_tiles_(tile_descriptor(shared_address(shared.v), S::kAtomBytes)),
+        k_tiles_(tile_descriptor(shared_address(shared.k), S::kGroupBytes)),
+        v_tiles_(tile_descriptor(shared_address(shared.v), S::kGroupBytes, kSwizzleBytes)),
+        order_(shared_address(shared.order[number * (kWarpgroup / 32) + thread / 32])),
         blocks_(shared, number) {}
 
   __device__ __forceinline__ void run() {
@@ -63,7 +64,7 @@ class Consumer {
       const Work done = work;
       // The next queries are on their way while this output is stored.
       if (more) work = begin_work(blocks_.item(), blocks_.are_pairs());
-      store_state<T, kHeadDim>(params_, done, output_, sums_, lane_);
+      store_state<T, kHeadDim>(params_, done, output_, sums_, order_, lane_);
       if (more) begin_item();
     }
   }
@@ -214,9 +215,9 @@ class Consumer {
     }
     blocks_.release(step, shared_.k_empty);
     mask(step, token);
-    const float2 rescale = exponentiate(scores_, sums_, params_.scale_log2, full);
-    if (__any_sync(~0u, changes(rescale))) rescale_output(output_, rescale);
-    pack_weights<T>(scores_, weights_);
+    const Rebase rebase = find_peaks(scores_, sums_, params_.scale_log2, full);
+    if (__any_sync(~0u, rebase.changes())) rescale_output(output_, rebase);
+    weigh_scores<T>(scores_, weights_, sums_, rebase, params_.scale_log2, full);
   }
 
   // The full steps behind a step whose weights are there. Then that is the last full one, still to
@@ -261,31 +262,25 @@ class Consumer {
     wgmma_fence();
     start_scores<kStepBlocks>(next);
     start_values<kStepBlocks>(step);
-    if (both) pass_turn();
     const bool ready = blocks_.template look_ahead<kPlain>(next);
     wgmma_wait<1>();
+    if (both) pass_turn();
     pin_scores();
     blocks_.template release<true>(next, shared_.k_empty);
     if (!kPlain) mask(next, token);
-    const float2 rescale = exponentiate(scores_, sums_, params_.scale_log2, true);
-    const bool same = !changes(rescale);
-    // The compiler would put the wait before the weights. It does not know that all lanes are in
-    // one of the two ballots, so that it cannot move it across this barrier, nor the sums behind.
+    const Rebase rebase = find_peaks(scores_, sums_, params_.scale_log2, true);
+    const bool same = !rebase.changes();
+    // The compiler would put the wait before the maxima. It does not know that all lanes are in one
+    // of the two ballots, so that it cannot move it across this barrier, nor the maxima behind.
     const uint32_t changed = __ballot_sync(~0u, !same);
     __syncwarp(__ballot_sync(~0u, same) | changed);
     wgmma_wait<0>();
     pin_scores();
     pin_output();
-    if (changed != 0) rescale_output(output_, rescale);
-    pack_weights<T>(scores_, weights_);
+    if (changed != 0) rescale_output(output_, rebase);
+    weigh_scores<T>(scores_, weights_, sums_, rebase, params_.scale_log2, true);
     blocks_.template release<true>(step, shared_.v_empty);
     return ready;
-  }
-
-  // Most steps leave the maxima of all of a warp's rows as they are.
-  __device__ __forceinline__ bool changes(float2 rescale) const {
-    return !(rescale.x == 1 && rescale.y == 1 && sums_.total[0] == sums_.total[0] &&
-             sums_.total[1] == sums_.total[1]);
   }
 
   // The products of a step's weights and values.
@@ -329,7 +324,7 @@ class Consumer {
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; ++k) {
         const int atom = k / 4, bytes = k % 4 * 32;
-        const uint64_t keys = at(tile, atom * S::kAtomBytes + bytes);
+        const uint64_t keys = at(tile, atom * kSwizzleBytes + bytes);
         if constexpr (S::kQueryBytes == 0) {
           wgmma_scores<T>(scores_[b], queries_[k], keys, k != 0);
         } else if (atom < S::kQueryAtoms) {
@@ -352,7 +347,7 @@ class Consumer {
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
         for (int k = 0; k < kColumns / 16; ++k) {
-          const int bytes = part * (kPartDim / 64) * S::kAtomBytes + k * 16 * 128;
+          const int bytes = part * (kPartDim / 64) * kSwizzleBytes + k * 2 * S::kGroupBytes;
           wgmma_values<T>(output_[part], weights_[b][k], at(tile, bytes), 1);
         }
       }
@@ -382,6 +377,7 @@ class Consumer {
   Shared<kHeadDim>& shared_;
   const int number_, warp_, lane_;
   const uint64_t q_tile_, k_tiles_, v_tiles_;  // descriptors
+  const uint32_t order_;                       // where the warp orders its output
   BlockReader<kHeadDim> blocks_;
   uint32_t queries_[S::kQueryAtoms > 0 ? 4 * S::kQueryAtoms : 1][4];
   uint32_t weights_[kStepBlocks][kColumns / 16][4];

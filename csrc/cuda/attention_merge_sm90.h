@@ -186,7 +186,7 @@ class RowMerger {
 
   __device__ __forceinline__ void store(const Row& row, int head, const Sums<kVec>& sums) const {
     const bool empty = sums.total == 0;
-    const float factor = empty ? 0 : __fdividef(1, sums.total);
+    const float factor = empty ? 0 : reciprocal_fast(sums.total);
     Vector x;
 #pragma unroll
     for (int j = 0; j < kVec / 2; ++j) {
@@ -198,7 +198,7 @@ class RowMerger {
     if (lane_ == 0) {
       params_.lse[int64_t{row.token} * params_.lse_stride.token +
                   int64_t{head} * params_.lse_stride.head] =
-          empty ? -INFINITY : sums.peak + log2f(sums.total);
+          empty ? -INFINITY : sums.peak + log2_fast(sums.total);
     }
   }
 
@@ -240,6 +240,11 @@ __global__ void __launch_bounds__(M::kThreads, M::kCtas)
       Merger::planned_places(header) + max(params.num_rows - header.num_tokens, 0);
   Merger merger(params, threadIdx.x % 32, head);
   if (head >= params.num_qo_heads) return;
+  // What earlier kernels wrote must be there when this one ends.
+  if (header.merges == 0 && params.num_rows <= header.num_tokens) {
+    if (blockIdx.x == 0) wait_for_earlier_kernels();
+    return;
+  }
 #pragma unroll 1
   for (int64_t place = blockIdx.x; place < places; place += gridDim.x) {
     // The attention kernel has waited for the planner before it let this one start, so the schedule

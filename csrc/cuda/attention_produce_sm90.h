@@ -40,8 +40,10 @@ class Producer {
       }
     }
     in_turn_ = blocks > 0;
+    // Where no CTA has items of one consumer, pair items are all there is.
+    const bool has_own = !marked || word(own_words, list::kItems) > 0;
 #pragma unroll 1
-    for (int kind = marked ? 0 : 1; kind < 2; ++kind) {
+    for (int kind = marked ? 0 : 1; kind < 1 + has_own; ++kind) {
       const bool pairs = kind == 0;
       // A warp's turn among those that share the list, and from one of its places to the next.
       const int step = pairs ? 1 : kConsumers;
@@ -73,7 +75,7 @@ class Producer {
       // In the first list, or one that waits for the others would wait for what waits for it.
       if (!in_turn_) take_turn();
       in_turn_ = true;
-      if (others == 0) mark(pairs ? flag::kSolo : flag::kStop);
+      if (others == 0) mark(pairs && has_own ? flag::kSolo : flag::kStop);
       if (pairs) {
         common_ = stage_.own_or_before(consumer);
         stage_.advance();
@@ -83,6 +85,8 @@ class Producer {
   }
 
  private:
+  static constexpr int kRunBytes = kRun / 8 * S::kGroupBytes;
+
   // The first warps' first blocks are asked for ahead of the others': all of them together would
   // come at about the same time, late.
   static constexpr int kFirstWarps = S::kFirstWarps;
@@ -141,15 +145,14 @@ class Producer {
         // An arrival of each lane, and one with the bytes of bulk copies.
         if (elect_lane()) {
           const CUtensorMap* map = values ? &params_.v_map : &params_.k_map;
+          const int heads = values ? params_.v_heads : params_.k_heads;
           barrier_arrive_expecting(full, __popc(bulk) * kRun * kHeadDim * 2);
           if (bulk == kAllRuns) barrier_arrive(full, 32);
 #pragma unroll
           for (int r = 0; r < kRuns; ++r) {
-            if (!(bulk >> r & 1)) continue;
-#pragma unroll
-            for (int atom = 0; atom < S::kAtoms; ++atom) {
-              copy_box(tile + atom * S::kAtomBytes + r * kRun * 128, map, atom * 64, run_slot[r],
-                       block.item.kv_head, run_page[r], full);
+            if (bulk >> r & 1) {
+              const int head = run_page[r] * heads + block.item.kv_head;
+              copy_box(tile + r * kRunBytes, map, run_slot[r], head, full);
             }
           }
         }
@@ -164,7 +167,7 @@ class Producer {
 #pragma unroll 1
       for (int r = 0; r < kRuns; ++r) {
         if (!(bulk >> r & 1)) {
-          gather((values ? rows_.v : rows_.k) + r * kRun, tile + r * kRun * 128,
+          gather((values ? rows_.v : rows_.k) + r * kRun, tile + r * kRunBytes,
                  (r < 2 ? live[0] : live[1]) >> r % 2 * kRun);
         }
       }
@@ -244,7 +247,8 @@ class Producer {
     constexpr int kRowStep = 32 / S::kChunks > 0 ? 32 / S::kChunks : 1;
     constexpr int kSteps = kRun / kRowStep, kAtOnce = kSteps < 8 ? kSteps : 8;
     const int chunk = lane_ % S::kChunks, first = lane_ / S::kChunks;
-    const uint32_t to = tile + chunk_offset(first, chunk, S::kAtomBytes);
+    // The first rows are of one group.
+    const uint32_t to = tile + chunk_offset(first, chunk, kSwizzleBytes);
     const uint32_t live_here = live >> first;
     // Some addresses are read before the first copy, so that their latencies overlap.
 #pragma unroll
@@ -254,10 +258,10 @@ class Producer {
       for (int i = 0; i < kAtOnce; ++i) row[i] = rows[first + (step + i) * kRowStep];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        // chunk_offset of that row: its number and the first one's have no bit in common.
-        const int further = (step + i) * kRowStep;
-        copy_async_once((to ^ (further & 7) << 4) + further * 128, row[i] + chunk * 16,
-                        live_here & 1 << further);
+        // That row's number and the first one's have no bit in common.
+        const int further = (step + i) * kRowStep, of_group = further & 7;
+        copy_async_once((to ^ of_group << 4) + further / 8 * S::kGroupBytes + of_group * 128,
+                        row[i] + chunk * 16, live_here & 1 << further);
       }
     }
   }

@@ -112,9 +112,9 @@ void run(const Params& params, int sms, cudaStream_t stream) {
   } else if (rows <= sms * 12) {
     merge(MergeShape<4, 1, 4>{});
   } else if (rows <= sms * 32) {
-    merge(MergeShape<1, 1, 2>{});
+    merge(MergeShape<1, 1, 8>{});
   } else {
-    merge(MergeShape<1, kHeads, 2>{});
+    merge(MergeShape<1, kHeads, 4>{});
   }
 }
 
@@ -173,26 +173,36 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// [pages, page_size, heads, head_dim] in boxes of kRun slots by 64 elements; false where the tensor
-// is not of a shape for that.
-bool encode_cache(const Tensor& cache, CUtensorMap& map) {
+// [pages, page_size, heads, head_dim] in boxes of kRun slots of a head, as they lie in a stage:
+//
+//   64 elements | 8 slots | the head's other elements | the next 8 slots | a page's head
+//
+// where pages lie a whole number of heads apart, `heads`. A box may begin at any slot: what is
+// behind the first 8 is a dimension of its own, of which it takes all. False where the tensor is
+// not of a shape for that.
+bool encode_cache(const Tensor& cache, CUtensorMap& map, int32_t& heads) {
   const auto encode = tensor_map_encoder();
-  const int64_t page_size = cache.size(1), head_dim = cache.size(3);
+  const int64_t pages = cache.size(0), page_size = cache.size(1), head_dim = cache.size(3);
   if (encode == nullptr || page_size < kRun) return false;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(page_size),
-                              static_cast<cuuint64_t>(cache.size(2)),
-                              static_cast<cuuint64_t>(cache.size(0))};
-  cuuint64_t strides[3];
-  for (const auto& [at, dim] : {std::pair{0, 1}, {1, 2}, {2, 0}}) {
-    // The stride of a dimension of size 1 is never used, but must be a valid one.
-    const int64_t stride = byte_stride(cache, dim);
-    strides[at] = static_cast<cuuint64_t>(cache.size(dim) <= 1 ? head_dim * 2 : stride);
-    if (cache.size(dim) > 1 && (stride <= 0 || stride >= int64_t{1} << 40)) return false;
+  const int64_t slot = byte_stride(cache, 1), page = pages > 1 ? byte_stride(cache, 0) : 0;
+  // The stride of a dimension of size 1 is never used, but must be a valid one.
+  const int64_t head = cache.size(2) > 1 ? byte_stride(cache, 2) : page > 0 ? page : head_dim * 2;
+  constexpr int64_t kMostBytes = int64_t{1} << 40, kMostHeads = INT32_MAX;
+  for (const int64_t stride : {8 * slot, head}) {
+    if (stride <= 0 || stride >= kMostBytes) return false;
   }
-  const cuuint32_t box[] = {64, kRun, 1, 1}, step[] = {1, 1, 1, 1};
+  if (page < 0 || page % head != 0) return false;
+  const int64_t all_heads = (pages - 1) * (page / head) + cache.size(2);
+  if (all_heads > kMostHeads) return false;
+  heads = static_cast<int32_t>(page / head);
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const cuuint64_t sizes[] = {64, size(page_size), size(head_dim / 64), 2, size(all_heads)};
+  const cuuint64_t strides[] = {size(slot), 128, size(8 * slot), size(head)};
+  const cuuint32_t box[] = {64, 8, static_cast<cuuint32_t>(head_dim / 64), kRun / 8, 1};
+  const cuuint32_t step[] = {1, 1, 1, 1, 1};
   const auto dtype = cache.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(&map, dtype, 4, cache.data_ptr(), sizes, strides, box, step,
+  return encode(&map, dtype, 5, cache.data_ptr(), sizes, strides, box, step,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -325,8 +335,8 @@ void cascade_attention_out(const Tensor& q, const Tensor& k_cache, const Tensor&
   params.segment_at = static_cast<int32_t>(layout.segment_at);
   params.tile_at = static_cast<int32_t>(layout.tile_at);
   params.own_at = static_cast<int32_t>(layout.own_at);
-  params.has_tensor_maps =
-      encode_cache(k_cache, params.k_map) && encode_cache(v_cache, params.v_map);
+  params.has_tensor_maps = encode_cache(k_cache, params.k_map, params.k_heads) &&
+                           encode_cache(v_cache, params.v_map, params.v_heads);
   params.even_pages = page_size % kRun == 0;
   params.scale_log2 = static_cast<float>(sm_scale * 1.4426950408889634);
   params.v_scale = static_cast<float>(v_scale);

@@ -20,6 +20,7 @@
 #include "common/cuda.h"
 #include "cuda/schedule.h"
 #include "cuda/sm90.h"
+#include "cuda/wgmma_sm90.h"
 
 namespace flashinfer_ops::sm90 {
 
@@ -43,7 +44,8 @@ struct CacheStrides {
 };
 
 struct Params {
-  // Of the caches: 16 slots of a page by 64 elements of a head, where the strides allow it.
+  // Of the caches, where the strides allow it: boxes of 16 slots of a head, in the order of a
+  // stage.
   CUtensorMap k_map, v_map;
   const char* q;
   const char* k_cache;
@@ -56,6 +58,7 @@ struct Params {
   const int32_t* kv_indices[kMaxLevels];
   Strides q_stride, out_stride, lse_stride;
   CacheStrides k_stride, v_stride;
+  int32_t k_heads, v_heads;  // a page's stride in a map, where a head's is 1
   int32_t num_rows;
   int32_t num_pages;
   int32_t has_tensor_maps;
@@ -113,10 +116,11 @@ struct Rows {
 
 template <int kHeadDim>
 struct Shape {
-  static constexpr int kChunks = kHeadDim / 8;            // of 16 bytes, in a row
-  static constexpr int kAtoms = kHeadDim / 64;            // of 128 bytes
-  static constexpr int kAtomBytes = kColumns * 128;       // 64 rows of one atom
-  static constexpr int kTileBytes = kAtoms * kAtomBytes;  // K or V of a stage, Q of a consumer
+  static constexpr int kChunks = kHeadDim / 8;                // of 16 bytes, in a row
+  static constexpr int kAtoms = kHeadDim / 64;                // of 128 bytes
+  static constexpr int kAtomBytes = 64 * 128;                 // 64 rows of one atom
+  static constexpr int kTileBytes = kAtoms * kAtomBytes;      // K or V of a stage, Q of a consumer
+  static constexpr int kGroupBytes = kAtoms * kSwizzleBytes;  // of K or V: 8 rows, atom by atom
   static constexpr int kStages = kHeadDim == 64 ? 12 : kHeadDim == 128 ? 6 : 2;
   // As many as may be at work on stages of their own.
   static constexpr int kProducerWarps = kStages < 4 ? kStages : 4;
@@ -133,9 +137,11 @@ struct Shape {
 template <int kHeadDim>
 struct Shared {
   using S = Shape<kHeadDim>;
-  alignas(1024) char k[S::kStages][S::kTileBytes];
-  alignas(1024) char v[S::kStages][S::kTileBytes];
-  alignas(1024) char q[S::kQueryBytes > 0 ? kConsumers * S::kQueryBytes : 1];
+  alignas(kSwizzleBytes) char k[S::kStages][S::kTileBytes];
+  alignas(kSwizzleBytes) char v[S::kStages][S::kTileBytes];
+  alignas(kSwizzleBytes) char q[S::kQueryBytes > 0 ? kConsumers * S::kQueryBytes : 1];
+  // Where a consumer's warp brings eight rows by 64 elements of its output into order.
+  alignas(kSwizzleBytes) char order[kConsumers * kWarpgroup / 32][kSwizzleBytes];
   Rows rows[S::kProducerWarps];
   Entry entries[S::kStages];
   First first[kConsumers];

@@ -32,21 +32,28 @@ __device__ __forceinline__ void mask_block(float (&scores)[kColumns / 2], const 
   }
 }
 
-// The scores of kMost blocks, or of the first one only where not `full`, to weights
-// 2^(score scale - m), in place; what was summed before must become relative to the new maximum, by
-// the factors that are returned.
-template <int kMost>
-__device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns / 2], RowSums& sums,
-                                               float scale, bool full) {
+// What scores become weights with: a score of the row's highest, times the scale, and the factors
+// that make what was summed before relative to it.
+struct Rebase {
+  float base[2], factor[2];
+  // Most steps leave the maxima as they are.
+  __device__ __forceinline__ bool changes() const { return !(factor[0] == 1 && factor[1] == 1); }
+};
+
+// f of each block of scores, or of the first one only where not `full`.
+template <int kMost, class F>
+__device__ __forceinline__ void each_block(float (&scores)[kMost][kColumns / 2], bool full, F f) {
   static_assert(kMost <= 2);
-  const auto each_block = [&](auto f) {
-    f(scores[0]);
-    if (kMost > 1 && full) f(scores[kMost - 1]);
-  };
-  float rescale[2], base[2];
-  // Several maxima and sums at a time: one operation need not wait for the last.
+  f(scores[0]);
+  if (kMost > 1 && full) f(scores[kMost - 1]);
+}
+
+template <int kMost>
+__device__ __forceinline__ Rebase find_peaks(float (&scores)[kMost][kColumns / 2], RowSums& sums,
+                                             float scale, bool full) {
+  // Several maxima at a time: one operation need not wait for the last.
   float peaks[2][2] = {{sums.peak[0], sums.peak[0]}, {sums.peak[1], sums.peak[1]}};
-  each_block([&](float (&block)[kColumns / 2]) {
+  each_block(scores, full, [&](float (&block)[kColumns / 2]) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
@@ -65,16 +72,26 @@ __device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns /
       peaks[i][0] = fmaxf(peaks[i][0], __shfl_xor_sync(~0u, peaks[i][0], delta));
     }
   }
+  Rebase rebase;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     // A row that has seen nothing yet has weights 2^(-inf - 0) = 0. The products are rounded before
     // they are subtracted: an unchanged maximum gives exactly 1.
-    base[i] = peaks[i][0] == -kInfinity ? 0 : __fmul_rn(peaks[i][0], scale);
-    rescale[i] = exp2_fast(__fsub_rn(__fmul_rn(sums.peak[i], scale), base[i]));
+    rebase.base[i] = peaks[i][0] == -kInfinity ? 0 : __fmul_rn(peaks[i][0], scale);
+    rebase.factor[i] = exp2_fast(__fsub_rn(__fmul_rn(sums.peak[i], scale), rebase.base[i]));
     sums.peak[i] = peaks[i][0];
   }
+  return rebase;
+}
+
+// Scores to weights 2^(score scale - base), packed as the matrix unit takes them.
+template <class T, int kMost>
+__device__ __forceinline__ void weigh_scores(float (&scores)[kMost][kColumns / 2],
+                                             uint32_t (&weights)[kMost][kColumns / 16][4],
+                                             RowSums& sums, const Rebase& rebase, float scale,
+                                             bool full) {
   float totals[2][2] = {};
-  each_block([&](float (&block)[kColumns / 2]) {
+  const auto weigh = [&](float (&block)[kColumns / 2], uint32_t (&packed)[kColumns / 16][4]) {
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
@@ -82,43 +99,29 @@ __device__ __forceinline__ float2 exponentiate(float (&scores)[kMost][kColumns /
         float* x = &block[4 * j + 2 * i];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          x[c] = exp2_fast(fmaf(x[c], scale, -base[i]));
+          x[c] = exp2_fast(fmaf(x[c], scale, -rebase.base[i]));
           totals[i][c] += x[c];
         }
+        packed[j / 2][j % 2 * 2 + i] = pack<T>(x[0], x[1]);
       }
     }
-  });
+  };
+  weigh(scores[0], weights[0]);
+  if (kMost > 1 && full) weigh(scores[kMost - 1], weights[kMost - 1]);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    sums.total[i] = fmaf(sums.total[i], rescale[i], totals[i][0] + totals[i][1]);
-  }
-  return make_float2(rescale[0], rescale[1]);
-}
-
-// Weights, packed as the matrix unit takes them.
-template <class T, int kMost>
-__device__ __forceinline__ void pack_weights(const float (&scores)[kMost][kColumns / 2],
-                                             uint32_t (&weights)[kMost][kColumns / 16][4]) {
-#pragma unroll
-  for (int b = 0; b < kMost; ++b) {
-#pragma unroll
-    for (int k = 0; k < kColumns / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* x = &scores[b][8 * k + 2 * i];
-        weights[b][k][i] = pack<T>(x[0], x[1]);
-      }
-    }
+    sums.total[i] = fmaf(sums.total[i], rebase.factor[i], totals[i][0] + totals[i][1]);
   }
 }
 
 // What was summed, relative to a new maximum.
 template <int kParts, int kPart>
-__device__ __forceinline__ void rescale_output(float (&output)[kParts][kPart], float2 rescale) {
+__device__ __forceinline__ void rescale_output(float (&output)[kParts][kPart],
+                                               const Rebase& rebase) {
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-    for (int j = 0; j < kPart; ++j) output[part][j] *= j / 2 % 2 ? rescale.y : rescale.x;
+    for (int j = 0; j < kPart; ++j) output[part][j] *= rebase.factor[j / 2 % 2];
   }
 }
 

@@ -56,7 +56,7 @@ struct Costs {
   float beside_sms;
 };
 
-constexpr Costs kPackedCosts{10,           600,       12, 0,           2500, 12,
+constexpr Costs kPackedCosts{10,           800,       12, 0,           2500, 12,
                              {14, 12, 12}, {1, 2, 2}, 2,  kStreamRows, 8,    66};
 constexpr Costs kPlainCosts{30, 400, 20, 10, 2500, 14, {26, 22, 20}, {1, 2, 3}, 3, 16, 0, 0};
 
@@ -246,6 +246,7 @@ struct Planner {
   Walk* own_walks;
   int longest_walk = 0;  // blocks
   int32_t* longest_own;
+  int32_t* empty_walks;  // whether some tile has nothing to walk
   // Steps 4 and 5.
   RunSums* run_sums;                   // [2, kCandidates] of tiles, of own pieces
   int matrix_run = 0, stream_run = 0;  // blocks

@@ -210,9 +210,15 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
   if (block.thread() == 0) {
     tile_units[num_tiles] = total[0];
     own_units[num_own] = total[1];
-    *table<Header>(0) = {
-        num_tokens, num_tiles, tile_tokens, total[0], total[1], total[2], max_int(in.own_part, 1),
-        {}};
+    *table<Header>(0) = {num_tokens,
+                         num_tiles,
+                         tile_tokens,
+                         total[0],
+                         total[1],
+                         total[2],
+                         max_int(in.own_part, 1),
+                         total[2] > 0 || *empty_walks > 0,
+                         {}};
   }
   block.sync();
   const bool fits = total[0] <= layout.matrix_units && total[1] <= layout.stream_units &&

@@ -53,7 +53,8 @@ struct Header {
   int32_t num_stream_units;
   int32_t num_partial_rows;
   int32_t stream_tokens;  // query tokens that a stream unit has at most
-  int32_t reserved[9];
+  int32_t merges;         // 0 where each planned row has exactly one state
+  int32_t reserved[8];
 };
 
 struct alignas(16) Tile {
