@@ -13,7 +13,7 @@
 
 namespace flashinfer_ops::sm90 {
 
-// kBulk: as of the producers; without it no block is plain or unseen by a consumer.
+// kBulk: as of the producers; without it no block is plain.
 template <class T, int kHeadDim, bool kBulk>
 class Consumer {
  public:
@@ -198,7 +198,7 @@ class Consumer {
 
   // None of the consumer's rows sees any of it: there is nothing to compute.
   __device__ __forceinline__ bool is_unseen(const Step& step) const {
-    return kBulk && step.unseen & flag::kUnseen << number_;
+    return step.unseen & flag::kUnseen << number_;
   }
 
   // A step's scores to weights, and the former output in proportion to them.
@@ -209,12 +209,11 @@ class Consumer {
     }
     const bool full = kStepBlocks > 1 && step.count == kStepBlocks;
     if (full) {
-      multiply_keys<kStepBlocks>(step);
+      multiply_keys<kStepBlocks>(step, token);
     } else {
-      multiply_keys<1>(step);
+      multiply_keys<1>(step, token);
     }
     blocks_.release(step, shared_.k_empty);
-    mask(step, token);
     const Rebase rebase = find_peaks(scores_, sums_, params_.scale_log2, full);
     if (__any_sync(~0u, rebase.changes())) rescale_output(output_, rebase);
     weigh_scores<T>(scores_, weights_, sums_, rebase, params_.scale_log2, full);
@@ -255,7 +254,7 @@ class Consumer {
                                            const int (&token)[2]) {
     show(step, next);
     // What only one consumer computes needs no turns.
-    const bool both = !kBulk || ((step.unseen | next.unseen) & 3 * flag::kUnseen) == 0;
+    const bool both = ((step.unseen | next.unseen) & 3 * flag::kUnseen) == 0;
     if (both) wait_for_turn();
     pin_scores();
     pin_output();
@@ -263,11 +262,20 @@ class Consumer {
     start_scores<kStepBlocks>(next);
     start_values<kStepBlocks>(step);
     const bool ready = blocks_.template look_ahead<kPlain>(next);
-    wgmma_wait<1>();
-    if (both) pass_turn();
+    if constexpr (kPlain || kStepBlocks == 1) {
+      wgmma_wait<1>();
+      if (both) pass_turn();
+    } else {
+      // The first block's scores are masked while the second one's are computed.
+      wgmma_wait<2>();
+      pin(scores_[0]);
+      mask(next, 0, token);
+      wgmma_wait<1>();
+      if (both) pass_turn();
+    }
     pin_scores();
     blocks_.template release<true>(next, shared_.k_empty);
-    if (!kPlain) mask(next, token);
+    if (!kPlain) mask(next, kStepBlocks - 1, token);
     const Rebase rebase = find_peaks(scores_, sums_, params_.scale_log2, true);
     const bool same = !rebase.changes();
     // The compiler would put the wait before the maxima. It does not know that all lanes are in one
@@ -299,13 +307,23 @@ class Consumer {
     blocks_.release(step, shared_.v_empty);
   }
 
+  // The scores of a step, masked; the first block's while the second one's are computed.
   template <int kBlocks>
-  __device__ __forceinline__ void multiply_keys(const Step& step) {
+  __device__ __forceinline__ void multiply_keys(const Step& step, const int (&token)[2]) {
     pin_scores();
     wgmma_fence();
     start_scores<kBlocks>(step);
-    wgmma_wait<0>();
-    pin_scores();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (b == kBlocks - 1) {
+        wgmma_wait<0>();
+        pin_scores();
+      } else {
+        wgmma_wait<kBlocks - 1>();
+        pin(scores_[b]);
+      }
+      mask(step, b, token);
+    }
   }
   template <int kBlocks>
   __device__ __forceinline__ void multiply_values(const Step& step) {
@@ -334,8 +352,8 @@ class Consumer {
           wgmma_scores<T>(scores_[b], at(q_tile_, others), keys, k != 0);
         }
       }
+      wgmma_commit();
     }
-    wgmma_commit();
   }
 
   template <int kBlocks>
@@ -364,12 +382,10 @@ class Consumer {
     for (int part = 0; part < kParts; ++part) pin(output_[part]);
   }
 
-  __device__ __forceinline__ void mask(const Step& step, const int (&token)[2]) {
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      if (step.masked[b]) {
-        mask_block(scores_[b], shared_.entries[step.stage[b]].seen_by, token, lane_);
-      }
+  // Of the step's block b.
+  __device__ __forceinline__ void mask(const Step& step, int b, const int (&token)[2]) {
+    if (step.masked[b]) {
+      mask_block(scores_[b], shared_.entries[step.stage[b]].seen_by, token, lane_);
     }
   }
 

@@ -58,26 +58,34 @@ __device__ __forceinline__ int bulk_runs(const Params& params, int position) {
   return params.even_pages && position % kRun == 0 ? kAllRuns : -1;
 }
 
-// Flags of consumers none of whose rows are in [row_begin, row_end). None where all of the item's
-// rows are, as nobody asks for the flags of plain blocks: a consumer without rows counts as the
-// item's last one.
-__device__ __forceinline__ int unseen(const Params& params, const Item& item, const Tokens& tokens,
-                                      int row_begin, int row_end) {
-  // The first consumer's last query token, and the second one's first.
+// The first consumer's last query token, and the second one's first.
+struct Split {
+  int32_t first_last, second_first;
+};
+__device__ __forceinline__ Split split_of(const Params& params, const Item& item,
+                                          const Tokens& tokens) {
   const auto token = [&](int row) {
     return item.first_token + static_cast<int>(params.group_size.divide(item.first_packed + row));
   };
-  const bool by_first = row_end > tokens.first && row_begin <= token(kRows - 1);
-  const bool by_second = row_end > min(token(kRows), tokens.last) && row_begin <= tokens.last;
+  // A consumer without rows counts as the item's last one.
+  return {token(kRows - 1), min(token(kRows), tokens.last)};
+}
+
+// Flags of consumers none of whose rows are in [row_begin, row_end). None where all of the item's
+// rows are, as nobody asks for the flags of plain blocks.
+__device__ __forceinline__ int unseen(const Tokens& tokens, const Split& split, int row_begin,
+                                      int row_end) {
+  const bool by_first = row_end > tokens.first && row_begin <= split.first_last;
+  const bool by_second = row_end > split.second_first && row_begin <= tokens.last;
   return (by_first ? 0 : flag::kUnseen) | (by_second ? 0 : 2 * flag::kUnseen);
 }
 
 // What holds for the `count` columns from `position` of a walk that ends at `end`. `its`: the
-// segment of the lane's last column; `is_one`: of all of them; `is_whole`: and of 64 tokens.
+// segment of the lane's last column; `is_whole`: of all of them, and of 64 tokens.
 template <bool kBulk>
 __device__ __forceinline__ void describe(const Params& params, const Segment& its, int position,
-                                         int count, int end, bool is_one, bool is_whole,
-                                         const Tokens& tokens, bool pairs, Block& block) {
+                                         int count, int end, bool is_whole, const Tokens& tokens,
+                                         bool pairs, Block& block) {
   const int last = position + kColumns - 1 - its.walk;
   const bool all_rows = its.row_begin <= tokens.first && its.row_end > tokens.last;
   const bool all_seen = is_whole && all_rows && last <= tokens.first + its.diagonal;
@@ -90,10 +98,18 @@ __device__ __forceinline__ void describe(const Params& params, const Segment& it
   const int seen_up_to = min(its.kv_end, tokens.first + its.diagonal + 1) + its.walk;
   const int plain = max(min(seen_up_to, end - 1) - (position + kColumns), 0) / kColumns;
   block.plain = word(may_have ? plain : 0, 31);
-  // Blocks of several segments are seldom seen by few rows, and to find out takes long.
-  if (kBulk && pairs && is_one) {
-    block.flags |= unseen(params, block.item, tokens, its.row_begin, its.row_end);
+}
+
+// Flags of consumers whose rows see none of the block's columns, of several segments.
+__device__ __forceinline__ int unseen(const Tokens& tokens, const Split& split,
+                                      const Block& block) {
+  int row_begin = INT32_MAX, row_end = 0;
+#pragma unroll
+  for (const Column& column : block.columns) {
+    if (column.live) row_begin = min(row_begin, column.seen_by.x);
+    row_end = max(row_end, column.seen_by.y);
   }
+  return unseen(tokens, split, __reduce_min_sync(~0u, row_begin), __reduce_max_sync(~0u, row_end));
 }
 
 // The block behind `others` of a list, if all of it is in the first item's first segment: with as
@@ -148,7 +164,11 @@ class FirstBlock {
     }
     const int end = is_matrix ? kv_begin + word(words_, 15) : kv_end;
     const Tokens tokens = tokens_of(params_, block.item, pairs_);
-    describe<kBulk>(params_, its, position_, kColumns, end, true, true, tokens, pairs_, block);
+    describe<kBulk>(params_, its, position_, kColumns, end, true, tokens, pairs_, block);
+    if (pairs_) {
+      const Split split = split_of(params_, block.item, tokens);
+      block.flags |= unseen(tokens, split, its.row_begin, its.row_end);
+    }
   }
 
  private:
@@ -247,8 +267,17 @@ class Cursor {
     const bool is_whole =
         count == kColumns && !several && position_ + kColumns - its.walk <= its.kv_end;
     block.item = item_;
-    describe<kBulk>(params_, its, position_, count, end_, !several, is_whole,
-                    {first_token_, last_token_}, pairs_, block);
+    const Tokens tokens{first_token_, last_token_};
+    describe<kBulk>(params_, its, position_, count, end_, is_whole, tokens, pairs_, block);
+    if (pairs_) {
+      if (!kBulk) {
+        block.flags |= unseen(tokens, split_, block);
+      } else if (!several) {
+        // Where pages are large, blocks of several segments are seldom seen by few rows.
+        const Split split = split_of(params_, item_, tokens);
+        block.flags |= unseen(tokens, split, its.row_begin, its.row_end);
+      }
+    }
     const bool has_runs = params_.even_pages && (position_ - its.walk) % kRun == 0;
     block.bulk = !kBulk ? 0 : is_whole && has_runs ? kAllRuns : -1;
   }
@@ -305,6 +334,7 @@ class Cursor {
     const Tokens its = tokens_of(params_, item_, pairs_);
     first_token_ = its.first;
     last_token_ = its.last;
+    if (!kBulk) split_ = split_of(params_, item_, its);
     int level, page_begin;
     if (next_is_matrix_) {
       next_segment_ = word(words, 5);
@@ -379,6 +409,7 @@ class Cursor {
   // The present one.
   Item item_;
   int first_token_ = 0, last_token_ = 0;
+  Split split_{};
   int position_ = 0, end_ = 0;  // in the walk
   int first_kv_ = 0, tokens_ = 0;
   // A window of its segments, one a lane.

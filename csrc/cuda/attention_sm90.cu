@@ -55,15 +55,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&params.v_map);
   }
   __syncthreads();
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
   if (warp < kWarpgroup / 32) {
     give_up_registers<Shape<kHeadDim>::kProducerRegisters>();
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     if (warp < Shape<kHeadDim>::kProducerWarps) {
       Producer<kHeadDim, kBulk>(params, shared, warp, threadIdx.x % 32).run();
     }
   } else {
     take_registers<Shape<kHeadDim>::kConsumerRegisters>();
+    wait_for_earlier_kernels();
     Consumer<T, kHeadDim, kBulk>(params, shared, warp / 4 - 1, threadIdx.x % kWarpgroup).run();
   }
 }

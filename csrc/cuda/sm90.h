@@ -1,6 +1,6 @@
 // Hopper's own instructions, one thin function each: barriers in shared memory, asynchronous
-// copies, the division of registers, dependent launches; matrix products are in wgmma_sm90.h. PTX
-// ISA 8.0 and later.
+// copies, warpgroup matrix products, the division of registers, dependent launches. PTX ISA 8.0 and
+// later.
 #pragma once
 
 #include <cuda_bf16.h>
