@@ -253,6 +253,31 @@ def test_scales(cuda: str, dtype: torch.dtype) -> None:
         check(actual, forest, False, scale, 1.0 if v_scale is None else v_scale)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize("kind", ["slowly", "in leaps", "falling", "late", "spikes"])
+def test_logits_that_rise(cuda: str, head_dim: int, dtype: torch.dtype, kind: str) -> None:
+    """Later keys of a long prefix outweigh all before them, by a little or by far: weights that
+    are relative to the highest logit of earlier keys must not overflow."""
+    for requests, group_size in ((40, 4), (130, 1)):
+        forest = forest_of(
+            [[requests], [1] * requests], [[5000], [40 + i % 30 for i in range(requests)]],
+            seed=requests, num_qo_heads=2 * group_size, head_dim=head_dim, dtype=dtype, device=cuda,
+        )  # fmt: skip
+        pages = forest.kv_indices[0].long()
+        place = torch.arange(len(pages), device=cuda, dtype=FLOAT)
+        factor = {
+            "slowly": 1 + 0.02 * place,
+            "in leaps": 1 + 0.02 * place + place // 50 * 6,
+            "falling": 8 - 7 * place / len(pages),
+            "late": 0.01 + 20 * (place > 200),
+            "spikes": 1 + 15 * (place % 64 == 63),
+        }[kind]
+        keys = forest.cache[pages, 0].float() * factor.view(-1, 1, 1, 1)
+        forest.cache[pages, 0] = keys.to(dtype)
+        check(run(forest), forest)
+
+
 def test_large_logits(cuda: str) -> None:
     """Logits of thousands neither overflow nor lose the lse."""
     forest = random_forest(

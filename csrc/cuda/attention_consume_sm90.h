@@ -7,28 +7,21 @@
 // one consumer computes weights, the other one has the matrix unit.
 #pragma once
 
-#include "cuda/attention_blocks_sm90.h"
-#include "cuda/attention_softmax_sm90.h"
+#include "cuda/attention_products_sm90.h"
 #include "cuda/attention_store_sm90.h"
 
 namespace flashinfer_ops::sm90 {
 
 // kBulk: as of the producers; without it no block is plain.
 template <class T, int kHeadDim, bool kBulk>
-class Consumer {
+class Consumer : Products<T, kHeadDim> {
  public:
-  using S = Shape<kHeadDim>;
-
   __device__ __forceinline__ Consumer(const Params& params, Shared<kHeadDim>& shared, int number,
                                       int thread)
-      : params_(params),
-        shared_(shared),
+      : Base(shared, number, thread % 32),
+        params_(params),
         number_(number),
         warp_(thread / 32),
-        lane_(thread % 32),
-        q_tile_(tile_descriptor(shared_address(shared.q) + number * S::kQueryBytes)),
-        k_tiles_(tile_descriptor(shared_address(shared.k), S::kGroupBytes)),
-        v_tiles_(tile_descriptor(shared_address(shared.v), S::kGroupBytes, kSwizzleBytes)),
         order_(shared_address(shared.order[number * (kWarpgroup / 32) + thread / 32])),
         blocks_(shared, number) {}
 
@@ -70,11 +63,13 @@ class Consumer {
   }
 
  private:
-  using Step = BlockStep<S::kStepBlocks>;
-  static constexpr int kStepBlocks = S::kStepBlocks;
-  // The matrix unit takes up to 128 columns of the output at once here.
-  static constexpr int kPartDim = kHeadDim < 128 ? kHeadDim : 128;
-  static constexpr int kParts = kHeadDim / kPartDim;
+  using Base = Products<T, kHeadDim>;
+  using Base::kPartDim, Base::kStepBlocks;
+  using Base::lane_, Base::shared_, Base::queries_, Base::query;
+  using Base::scores_, Base::weights_, Base::output_;
+  using Base::show, Base::mask, Base::pin_scores, Base::pin_output;
+  using typename Base::S;
+  using typename Base::Step;
 
   // Through shared memory, so that the compiler knows that lanes agree.
   __device__ __forceinline__ const First& first_item() {
@@ -142,11 +137,6 @@ class Consumer {
     }
     return work;
   }
-  // A thread's part of the 16x16 fragments: of two rows, pairs of elements 8 columns apart.
-  __device__ __forceinline__ uint32_t& query(int j, int row) {
-    return queries_[j / 2][j % 2 * 2 + row];
-  }
-
   __device__ __forceinline__ void begin_item() {
     if constexpr (S::kQueryBytes > 0) {
       wait_for_own_copies();
@@ -175,12 +165,6 @@ class Consumer {
     }
   }
 
-  // Descriptors count in units of 16 bytes.
-  __device__ __forceinline__ static uint64_t at(uint64_t tiles, int bytes) {
-    const uint32_t low = static_cast<uint32_t>(tiles) + (bytes >> 4);
-    return (tiles & 0xFFFFFFFF00000000) | low;
-  }
-
   // Barriers of threads: 1 + a consumer's number its own, 3 + that number its turn to compute.
   // The consumers of a pair item take turns. The second one passes the first turn; in the end, both
   // have waited as often as the other one has passed, and no turn of the next item has come.
@@ -189,11 +173,6 @@ class Consumer {
   __device__ __forceinline__ void end_turns() {
     wait_for_turn();
     if (number_ == 0) pass_turn();
-  }
-
-  // The matrix unit sees what bulk copies wrote; what threads copied it sees behind a fence.
-  __device__ __forceinline__ static void show(const Step& step, const Step& next) {
-    if (step.gathered || next.gathered) fence_async_proxy();
   }
 
   // None of the consumer's rows sees any of it: there is nothing to compute.
@@ -209,9 +188,9 @@ class Consumer {
     }
     const bool full = kStepBlocks > 1 && step.count == kStepBlocks;
     if (full) {
-      multiply_keys<kStepBlocks>(step, token);
+      Base::template multiply_keys<kStepBlocks>(step, token);
     } else {
-      multiply_keys<1>(step, token);
+      Base::template multiply_keys<1>(step, token);
     }
     blocks_.release(step, shared_.k_empty);
     const Rebase rebase = find_peaks(scores_, sums_, params_.scale_log2, full);
@@ -259,8 +238,8 @@ class Consumer {
     pin_scores();
     pin_output();
     wgmma_fence();
-    start_scores<kStepBlocks>(next);
-    start_values<kStepBlocks>(step);
+    Base::template start_scores<kStepBlocks>(next);
+    Base::template start_values<kStepBlocks>(step);
     const bool ready = blocks_.template look_ahead<kPlain>(next);
     if constexpr (kPlain || kStepBlocks == 1) {
       wgmma_wait<1>();
@@ -300,105 +279,17 @@ class Consumer {
     }
     show(step, step);
     if (kStepBlocks > 1 && step.count == kStepBlocks) {
-      multiply_values<kStepBlocks>(step);
+      Base::template multiply_values<kStepBlocks>(step);
     } else {
-      multiply_values<1>(step);
+      Base::template multiply_values<1>(step);
     }
     blocks_.release(step, shared_.v_empty);
   }
 
-  // The scores of a step, masked; the first block's while the second one's are computed.
-  template <int kBlocks>
-  __device__ __forceinline__ void multiply_keys(const Step& step, const int (&token)[2]) {
-    pin_scores();
-    wgmma_fence();
-    start_scores<kBlocks>(step);
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      if (b == kBlocks - 1) {
-        wgmma_wait<0>();
-        pin_scores();
-      } else {
-        wgmma_wait<kBlocks - 1>();
-        pin(scores_[b]);
-      }
-      mask(step, b, token);
-    }
-  }
-  template <int kBlocks>
-  __device__ __forceinline__ void multiply_values(const Step& step) {
-    pin_output();
-    wgmma_fence();
-    start_values<kBlocks>(step);
-    wgmma_wait<0>();
-    pin_output();
-  }
-
-  template <int kBlocks>
-  __device__ __forceinline__ void start_scores(const Step& step) {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const uint64_t tile = at(k_tiles_, step.stage[b] * S::kTileBytes);
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        const int atom = k / 4, bytes = k % 4 * 32;
-        const uint64_t keys = at(tile, atom * kSwizzleBytes + bytes);
-        if constexpr (S::kQueryBytes == 0) {
-          wgmma_scores<T>(scores_[b], queries_[k], keys, k != 0);
-        } else if (atom < S::kQueryAtoms) {
-          wgmma_scores<T>(scores_[b], queries_[k], keys, k != 0);
-        } else {
-          const int others = (atom - S::kQueryAtoms) * S::kAtomBytes + bytes;
-          wgmma_scores<T>(scores_[b], at(q_tile_, others), keys, k != 0);
-        }
-      }
-      wgmma_commit();
-    }
-  }
-
-  template <int kBlocks>
-  __device__ __forceinline__ void start_values(const Step& step) {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const uint64_t tile = at(v_tiles_, step.stage[b] * S::kTileBytes);
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int k = 0; k < kColumns / 16; ++k) {
-          const int bytes = part * (kPartDim / 64) * kSwizzleBytes + k * 2 * S::kGroupBytes;
-          wgmma_values<T>(output_[part], weights_[b][k], at(tile, bytes), 1);
-        }
-      }
-    }
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void pin_scores() {
-#pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) pin(scores_[b]);
-  }
-  __device__ __forceinline__ void pin_output() {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) pin(output_[part]);
-  }
-
-  // Of the step's block b.
-  __device__ __forceinline__ void mask(const Step& step, int b, const int (&token)[2]) {
-    if (step.masked[b]) {
-      mask_block(scores_[b], shared_.entries[step.stage[b]].seen_by, token, lane_);
-    }
-  }
-
   const Params& params_;
-  Shared<kHeadDim>& shared_;
-  const int number_, warp_, lane_;
-  const uint64_t q_tile_, k_tiles_, v_tiles_;  // descriptors
-  const uint32_t order_;                       // where the warp orders its output
+  const int number_, warp_;
+  const uint32_t order_;  // where the warp orders its output
   BlockReader<kHeadDim> blocks_;
-  uint32_t queries_[S::kQueryAtoms > 0 ? 4 * S::kQueryAtoms : 1][4];
-  uint32_t weights_[kStepBlocks][kColumns / 16][4];
-  float scores_[kStepBlocks][kColumns / 2];
-  float output_[kParts][kPartDim / 2];
   RowSums sums_;
 };
 

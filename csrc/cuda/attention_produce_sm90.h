@@ -4,6 +4,7 @@
 // once; others, such as pages of one token, 16 bytes at a time.
 #pragma once
 
+#include "cuda/attention_first_sm90.h"
 #include "cuda/attention_lookup_sm90.h"
 
 namespace flashinfer_ops::sm90 {
