@@ -81,7 +81,7 @@ def test_heads(
     check(run(forest, causal=causal), forest, causal)
 
 
-@pytest.mark.parametrize("page_size", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("page_size", [1, 2, 5, 16, 24, 64])
 @pytest.mark.parametrize("dtype", [BF16, FLOAT])
 @pytest.mark.parametrize("layout,as_tuple", [("NHD", False), ("HND", False), ("NHD", True)])
 def test_page_sizes(
@@ -214,6 +214,33 @@ def test_strided_views(cuda: str, layout: str) -> None:
     odd = torch.full((n, h, 131), NAN, dtype=BF16, device=cuda)[..., 3:]
     odd.copy_(forest.q)
     check(cascade_attention(odd, narrow[..., 1:129], plan, layout), forest, True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_caches_in_unusual_orders(cuda: str, head_dim: int) -> None:
+    """Heads before pages, pages that lie no whole number of heads apart, a cache of one page, one
+    page that all page numbers name."""
+    forest = random_forest(
+        6, num_levels=2, num_requests=20, max_qo_len=3, num_qo_heads=8, head_dim=head_dim,
+        max_kv_len=500, dtype=HALF, device=cuda,
+    )  # fmt: skip
+    plan = plan_cascade(*forest.arrays, **forest.numbers)
+    caches = forest.cache[:, 0], forest.cache[:, 1]
+    by_head = [cache.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for cache in caches]
+    check(cascade_attention(forest.q, (by_head[0], by_head[1]), plan), forest)
+    padded = []
+    for cache in caches:
+        pages, slots, heads, _ = cache.shape
+        pool = cache.new_full((pages, heads * slots * head_dim + 8), NAN)
+        view = pool[:, :-8].view(pages, heads, slots, head_dim).transpose(1, 2)
+        padded.append(view.copy_(cache))
+    check(cascade_attention(forest.q, (padded[0], padded[1]), plan), forest)
+    few = forest_of([[5]], [[16]], num_qo_heads=8, head_dim=head_dim, dtype=HALF, device=cuda)
+    few.cache = few.cache[few.kv_indices[0].long()].contiguous()
+    few.kv_indices[0].zero_()
+    check(run(few), few)
+    same = few.cache.expand(7, -1, -1, -1, -1)
+    check(run(few, cache=(same[:, 0], same[:, 1])), few)
 
 
 @pytest.mark.parametrize("page_size", [16, 1])
