@@ -246,7 +246,6 @@ struct Planner {
   Walk* own_walks;
   int longest_walk = 0;  // blocks
   int32_t* longest_own;
-  int32_t* empty_walks;  // whether some tile has nothing to walk
   // Steps 4 and 5.
   RunSums* run_sums;                   // [2, kCandidates] of tiles, of own pieces
   int matrix_run = 0, stream_run = 0;  // blocks

@@ -176,7 +176,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
   for (int i = block.thread(); i < 8 * kCandidates; i += block.size()) {
     reinterpret_cast<int32_t*>(run_sums)[i] = 0;
   }
-  if (block.thread() == 0) *longest_own = *empty_walks = 0;
+  if (block.thread() == 0) *longest_own = 0;
   find_levels(begin, end);
   Counts at{};
   FLASHINFER_OPS_ROLLED
@@ -193,10 +193,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
       const Counts c = visit_tile(tile, at, all_kinds, pass == 1, &own_levels);
       own_levels = block.warp_or(own_levels);
       if (pass == 1) {
-        if (block.lane() == 0) {
-          tile_first[tile] = at;
-          if (tile_walks[tile].blocks == 0) block.raise(empty_walks, 1);
-        }
+        if (block.lane() == 0) tile_first[tile] = at;
         at = {at.plain + c.plain, at.granules + c.granules, at.own + c.own, 0};
       } else if (block.lane() == 0) {
         const int rows = tile_row[tile + 1] - tile_row[tile];

@@ -217,7 +217,7 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
                          total[1],
                          total[2],
                          max_int(in.own_part, 1),
-                         total[2] > 0 || *empty_walks > 0,
+                         total[2] > 0 || total[0] != num_tiles,
                          {}};
   }
   block.sync();

@@ -113,7 +113,6 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::make_tiles() {
   tile_scratch = memory.ints(num_tiles);
   run_sums = reinterpret_cast<RunSums*>(memory.ints(8 * kCandidates));
   longest_own = memory.ints(1);
-  empty_walks = memory.ints(1);
   if (!memory.fits()) return false;
   FLASHINFER_OPS_ROLLED
   for (int t = block.thread(); t <= num_tiles; t += block.size()) {
