@@ -137,6 +137,7 @@ class Consumer : Products<T, kHeadDim> {
     }
     return work;
   }
+
   __device__ __forceinline__ void begin_item() {
     if constexpr (S::kQueryBytes > 0) {
       wait_for_own_copies();
@@ -241,17 +242,14 @@ class Consumer : Products<T, kHeadDim> {
     Base::template start_scores<kStepBlocks>(next);
     Base::template start_values<kStepBlocks>(step);
     const bool ready = blocks_.template look_ahead<kPlain>(next);
-    if constexpr (kPlain || kStepBlocks == 1) {
-      wgmma_wait<1>();
-      if (both) pass_turn();
-    } else {
+    if constexpr (!kPlain && kStepBlocks > 1) {
       // The first block's scores are masked while the second one's are computed.
       wgmma_wait<2>();
       pin(scores_[0]);
       mask(next, 0, token);
-      wgmma_wait<1>();
-      if (both) pass_turn();
     }
+    wgmma_wait<1>();
+    if (both) pass_turn();
     pin_scores();
     blocks_.template release<true>(next, shared_.k_empty);
     if (!kPlain) mask(next, kStepBlocks - 1, token);

@@ -81,7 +81,7 @@ __device__ __forceinline__ int unseen(const Tokens& tokens, const Split& split, 
 }
 
 // What holds for the `count` columns from `position` of a walk that ends at `end`. `its`: the
-// segment of the lane's last column; `is_whole`: of all of them, and of 64 tokens.
+// segment of the lane's last column; `is_whole`: all 64 columns are tokens of that one.
 template <bool kBulk>
 __device__ __forceinline__ void describe(const Params& params, const Segment& its, int position,
                                          int count, int end, bool is_whole, const Tokens& tokens,

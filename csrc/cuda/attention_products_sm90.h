@@ -7,6 +7,23 @@
 
 namespace flashinfer_ops::sm90 {
 
+// A step of a transposition: `high` of the lane without the bit for `low` of the lane with it.
+template <int kBit>
+__device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int lane) {
+  const bool upper = lane & kBit;
+  const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, kBit);
+  (upper ? low : high) = other;
+}
+
+// Of four lanes, each with four words: the words of one number to each.
+__device__ __forceinline__ void transpose(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                          int lane) {
+  exchange<1>(a, b, lane);
+  exchange<1>(c, d, lane);
+  exchange<2>(a, c, lane);
+  exchange<2>(b, d, lane);
+}
+
 template <class T, int kHeadDim>
 class Products {
  protected:
@@ -70,9 +87,7 @@ class Products {
       for (int k = 0; k < kHeadDim / 16; ++k) {
         const int atom = k / 4, bytes = k % 4 * 32;
         const uint64_t keys = at(tile, atom * kSwizzleBytes + bytes);
-        if constexpr (S::kQueryBytes == 0) {
-          wgmma_scores<T>(scores_[b], queries_[k], keys, k != 0);
-        } else if (atom < S::kQueryAtoms) {
+        if (atom < S::kQueryAtoms) {
           wgmma_scores<T>(scores_[b], queries_[k], keys, k != 0);
         } else {
           const int others = (atom - S::kQueryAtoms) * S::kAtomBytes + bytes;

@@ -19,7 +19,6 @@ template <class T, int kParts, int kPart>
 __device__ __forceinline__ void store_rows(char* const (&rows)[2],
                                            const float (&output)[kParts][kPart],
                                            const float (&factor)[2], uint32_t order, int lane) {
-  const uint32_t matrix_row = order + lane % 8 * 128;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     char* to[2];
@@ -40,15 +39,15 @@ __device__ __forceinline__ void store_rows(char* const (&rows)[2],
           const float* pair = x + 4 * (4 * m + w);
           words[w] = pack<T>(pair[0] * factor[i], pair[1] * factor[i]);
         }
-        store_matrices(matrix_row + (((4 * m + lane / 8) ^ lane) & 7) * 16, words);
+        store_matrices(order + chunk_offset(lane % 8, 4 * m + lane / 8, kSwizzleBytes), words);
       }
       __syncwarp();
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const int row = lane / 8 + 4 * t;
-        const uint4 words = load_shared(order + row * 128 + ((lane ^ row) & 7) * 16);
+        const int row = lane / 8 + 4 * t, chunk = lane % 8;
+        const uint4 words = load_shared(order + chunk_offset(row, chunk, kSwizzleBytes));
         if (to[t] != nullptr) {
-          *reinterpret_cast<uint4*>(to[t] + atom * 128 + lane % 8 * 16) = words;
+          *reinterpret_cast<uint4*>(to[t] + atom * 128 + chunk * 16) = words;
         }
       }
       __syncwarp();

@@ -221,23 +221,6 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
-// A step of a transposition: `high` of the lane without the bit for `low` of the lane with it.
-template <int kBit>
-__device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int lane) {
-  const bool upper = lane & kBit;
-  const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, kBit);
-  (upper ? low : high) = other;
-}
-
-// Of four lanes, each with four words: the words of one number to each.
-__device__ __forceinline__ void transpose(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
-                                          int lane) {
-  exchange<1>(a, b, lane);
-  exchange<1>(c, d, lane);
-  exchange<2>(a, c, lane);
-  exchange<2>(b, d, lane);
-}
-
 // Two floats as a pair of 16-bit elements, the first one in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
