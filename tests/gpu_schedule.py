@@ -66,7 +66,8 @@ class Tables:
 def tables(schedule: Tensor, num_groups: Sequence[int], num_ctas: int = 0) -> Tables:
     schedule = schedule.cpu()
     layout: GpuSchedule = gpu_schedule(tuple(num_groups))
-    tokens, tiles, tile_tokens, matrix, stream, partial, own, merges = schedule[:8].tolist()
+    tokens, tiles, tile_tokens, matrix, stream, partial = schedule[:6].tolist()
+    stream_tokens, merges = schedule[6:8].tolist()
 
     def rows(at: int, count: int, words: int) -> list[list[int]]:
         result: list[list[int]] = schedule[at : at + count * words].reshape(count, words).tolist()
@@ -79,7 +80,7 @@ def tables(schedule: Tensor, num_groups: Sequence[int], num_ctas: int = 0) -> Ta
         tiles,
         tile_tokens,
         partial,
-        own,
+        stream_tokens,
         merges,
         tile_rows,
         matrix_units,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,22 @@ class Forest:
         return reference_attention.cascade_attention(
             q, cache[:, 0], cache[:, 1], *arrays, schedule, causal, scale, v_scale
         )
+
+
+def check_attention(actual: tuple[Tensor, Tensor], forest: Forest, *oracle_options: Any) -> None:
+    """Output and lse against float64, on the device of the forest."""
+    out, lse = actual
+    expected, expected_lse = forest.oracle(*oracle_options, device=str(forest.q.device))
+    assert out.shape == forest.q.shape and out.dtype == forest.q.dtype
+    assert lse.shape == forest.q.shape[:2] and lse.dtype == torch.float32
+    assert relative_error(out, expected) < TOLERANCE[out.dtype]
+    assert_lse_close(lse, expected_lse, LSE_TOLERANCE[out.dtype])
+    assert not out[lse == -torch.inf].any()
+    # Every row alone: a wrong one must not hide among many. A row's error is a few times larger.
+    error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    seen = lse != -torch.inf
+    if bool(seen.any()):
+        assert float(error[seen].max()) < 10 * TOLERANCE[out.dtype]
 
 
 def random_forest(

@@ -11,6 +11,7 @@ from helpers import (
     TOLERANCE,
     Forest,
     assert_lse_close,
+    check_attention,
     forest_of,
     int32,
     random_forest,
@@ -31,21 +32,6 @@ def run(
     plan = plan_cascade(*forest.arrays, **forest.numbers, **options)
     cache = forest.cache_as(layout) if cache is None else cache
     return cascade_attention(forest.q, cache, plan, layout)
-
-
-def check(actual: tuple[Tensor, Tensor], forest: Forest, *oracle_options: Any) -> None:
-    out, lse = actual
-    expected, expected_lse = forest.oracle(*oracle_options, device=str(forest.q.device))
-    assert out.shape == forest.q.shape and out.dtype == forest.q.dtype
-    assert lse.shape == forest.q.shape[:2] and lse.dtype == torch.float32
-    assert relative_error(out, expected) < TOLERANCE[out.dtype]
-    assert_lse_close(lse, expected_lse, LSE_TOLERANCE[out.dtype])
-    assert not out[lse == -INF].any()
-    # Every row alone: a wrong one must not hide among many. A row's error is a few times larger.
-    error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
-    seen = lse != -INF
-    if bool(seen.any()):
-        assert float(error[seen].max()) < 10 * TOLERANCE[out.dtype]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +64,7 @@ def test_heads(
         extra_rows=2,
     )
     causal = max_qo_len > 1
-    check(run(forest, causal=causal), forest, causal)
+    check_attention(run(forest, causal=causal), forest, causal)
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 5, 16, 24, 64])
@@ -91,7 +77,9 @@ def test_page_sizes(
         page_size, num_levels=2, num_requests=20, page_size=page_size, max_kv_len=700,
         max_qo_len=3, num_qo_heads=8, head_dim=128, dtype=dtype, device=cuda,
     )  # fmt: skip
-    check(run(forest, layout, forest.cache_as(layout, as_tuple), causal=True), forest, True)
+    check_attention(
+        run(forest, layout, forest.cache_as(layout, as_tuple), causal=True), forest, True
+    )
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF, FLOAT])
@@ -104,8 +92,8 @@ def test_causal_lengths(cuda: str, dtype: torch.dtype) -> None:
         [[sum(rows[:half]), sum(rows[half:])], rows], [[130, 17], lengths],
         num_qo_heads=8, head_dim=128, dtype=dtype, device=cuda,
     )  # fmt: skip
-    check(run(forest, causal=True), forest, True)
-    check(run(forest), forest)
+    check_attention(run(forest, causal=True), forest, True)
+    check_attention(run(forest), forest)
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -115,7 +103,7 @@ def test_levels(cuda: str, num_levels: int, nested: bool) -> None:
         num_levels, num_levels=num_levels, num_requests=150, num_qo_heads=8, head_dim=128,
         max_kv_len=90, max_qo_len=2, nested=nested, extra_rows=3, dtype=BF16, device=cuda,
     )  # fmt: skip
-    check(run(forest, causal=True), forest, True)
+    check_attention(run(forest, causal=True), forest, True)
 
 
 @pytest.mark.parametrize("branching,num_levels", [(2, 9), (4, 6), (32, 3)])
@@ -128,7 +116,7 @@ def test_trees_of_small_nodes(cuda: str, branching: int, num_levels: int, page_s
         [[leaves // width] * width for width in widths], [[16] * width for width in widths],
         num_qo_heads=8, head_dim=128, page_size=page_size, dtype=BF16, device=cuda,
     )  # fmt: skip
-    check(run(forest), forest)
+    check_attention(run(forest), forest)
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF])
@@ -137,7 +125,7 @@ def test_one_long_prefix(cuda: str, dtype: torch.dtype) -> None:
         [[24], [1] * 24], [[40_000], [64] * 24], num_qo_heads=32, num_kv_heads=8, head_dim=128,
         dtype=dtype, device=cuda,
     )  # fmt: skip
-    check(run(forest), forest)
+    check_attention(run(forest), forest)
 
 
 @pytest.mark.parametrize("head_dim,page_size", [(128, 16), (128, 1), (64, 16), (256, 16)])
@@ -150,7 +138,7 @@ def test_long_suffixes_of_many_requests(
         [[256], [1] * 256], [[prefix], [500 + i % 5 for i in range(256)]], num_qo_heads=8,
         num_kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=HALF, device=cuda,
     )  # fmt: skip
-    check(run(forest), forest)
+    check_attention(run(forest), forest)
 
 
 def test_one_long_request_among_short_ones(cuda: str) -> None:
@@ -161,7 +149,7 @@ def test_one_long_request_among_short_ones(cuda: str) -> None:
             [[sum(rows)], rows], [[5], lengths], num_qo_heads=8, head_dim=128, dtype=BF16,
             device=cuda,
         )  # fmt: skip
-        check(run(forest, causal=True), forest, True)
+        check_attention(run(forest, causal=True), forest, True)
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 7])
@@ -174,7 +162,7 @@ def test_groups_of_unaligned_sizes(cuda: str, group_size: int) -> None:
         [[200], lengths, [1 + i % 37 for i in range(sum(sizes))]],
         num_qo_heads=group_size, num_kv_heads=1, head_dim=128, dtype=BF16, device=cuda,
     )  # fmt: skip
-    check(run(forest), forest)
+    check_attention(run(forest), forest)
 
 
 @pytest.mark.parametrize("empty", [(0,), (2,), (0, 1), (0, 1, 2)])
@@ -185,7 +173,7 @@ def test_levels_without_kv(cuda: str, empty: tuple[int, ...]) -> None:
         [[0] * len(level) if i in empty else level for i, level in enumerate(lengths)],
         num_qo_heads=8, head_dim=128, dtype=BF16, device=cuda, extra_rows=70,
     )  # fmt: skip
-    check(run(forest, causal=True), forest, True)
+    check_attention(run(forest, causal=True), forest, True)
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -206,14 +194,14 @@ def test_strided_views(cuda: str, layout: str) -> None:
     out = torch.full((h, n, 2 * d), 7.0, dtype=BF16, device=cuda)
     view, lse = out.transpose(0, 1)[..., d:], torch.full((h, n), 7.0, device=cuda).T
     cascade_attention(q, pool[::2, ..., 8:136], plan, layout, out=view, lse=lse)
-    check((view, lse), forest, True)
+    check_attention((view, lse), forest, True)
     assert bool((out[..., :d] == 7.0).all())
     # Heads that start at odd elements: no 16-byte loads.
     narrow = cache.new_full((*cache.shape[:-1], 131), NAN)
     narrow[..., 1:129] = cache
     odd = torch.full((n, h, 131), NAN, dtype=BF16, device=cuda)[..., 3:]
     odd.copy_(forest.q)
-    check(cascade_attention(odd, narrow[..., 1:129], plan, layout), forest, True)
+    check_attention(cascade_attention(odd, narrow[..., 1:129], plan, layout), forest, True)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -227,20 +215,20 @@ def test_caches_in_unusual_orders(cuda: str, head_dim: int) -> None:
     plan = plan_cascade(*forest.arrays, **forest.numbers)
     caches = forest.cache[:, 0], forest.cache[:, 1]
     by_head = [cache.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for cache in caches]
-    check(cascade_attention(forest.q, (by_head[0], by_head[1]), plan), forest)
+    check_attention(cascade_attention(forest.q, (by_head[0], by_head[1]), plan), forest)
     padded = []
     for cache in caches:
         pages, slots, heads, _ = cache.shape
         pool = cache.new_full((pages, heads * slots * head_dim + 8), NAN)
         view = pool[:, :-8].view(pages, heads, slots, head_dim).transpose(1, 2)
         padded.append(view.copy_(cache))
-    check(cascade_attention(forest.q, (padded[0], padded[1]), plan), forest)
+    check_attention(cascade_attention(forest.q, (padded[0], padded[1]), plan), forest)
     few = forest_of([[5]], [[16]], num_qo_heads=8, head_dim=head_dim, dtype=HALF, device=cuda)
     few.cache = few.cache[few.kv_indices[0].long()].contiguous()
     few.kv_indices[0].zero_()
-    check(run(few), few)
+    check_attention(run(few), few)
     same = few.cache.expand(7, -1, -1, -1, -1)
-    check(run(few, cache=(same[:, 0], same[:, 1])), few)
+    check_attention(run(few, cache=(same[:, 0], same[:, 1])), few)
 
 
 @pytest.mark.parametrize("page_size", [16, 1])
@@ -260,8 +248,8 @@ def test_offsets_past_31_bits(cuda: str, page_size: int) -> None:
     plan = plan_cascade(
         forest.qo_indptr, forest.kv_indptr, shifted, forest.kv_last_page_len, **forest.numbers
     )
-    check(cascade_attention(forest.q, cache, plan), forest)
-    check(cascade_attention(forest.q, (cache[:, 0], cache[:, 1]), plan), forest)
+    check_attention(cascade_attention(forest.q, cache, plan), forest)
+    check_attention(cascade_attention(forest.q, (cache[:, 0], cache[:, 1]), plan), forest)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT])
@@ -272,12 +260,12 @@ def test_scales(cuda: str, dtype: torch.dtype) -> None:
     )  # fmt: skip
     for sm_scale in (0.37, 0.0, -0.05, 1e-30):
         plan = plan_cascade(*forest.arrays, **forest.numbers, sm_scale=sm_scale)
-        check(cascade_attention(forest.q, forest.cache, plan), forest, False, sm_scale)
+        check_attention(cascade_attention(forest.q, forest.cache, plan), forest, False, sm_scale)
     plan = plan_cascade(*forest.arrays, **forest.numbers, sm_scale=0.08)
     for k_scale, v_scale in ((1.7, None), (None, -2.3), (-0.5, 0.25), (0.0, 1e3)):
         actual = cascade_attention(forest.q, forest.cache, plan, k_scale=k_scale, v_scale=v_scale)
         scale = 0.08 * (1.0 if k_scale is None else k_scale)
-        check(actual, forest, False, scale, 1.0 if v_scale is None else v_scale)
+        check_attention(actual, forest, False, scale, 1.0 if v_scale is None else v_scale)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -302,7 +290,7 @@ def test_logits_that_rise(cuda: str, head_dim: int, dtype: torch.dtype, kind: st
         }[kind]
         keys = forest.cache[pages, 0].float() * factor.view(-1, 1, 1, 1)
         forest.cache[pages, 0] = keys.to(dtype)
-        check(run(forest), forest)
+        check_attention(run(forest), forest)
 
 
 def test_large_logits(cuda: str) -> None:
@@ -325,7 +313,7 @@ def test_a_page_listed_in_many_groups(cuda: str) -> None:
     forest.kv_indices[0] = int32(*forest.kv_indices[0][:4].tolist() * 2, device=cuda)
     forest.kv_indices[1] = forest.kv_indices[0].clone()
     forest.cache.nan_to_num_()
-    check(run(forest), forest)
+    check_attention(run(forest), forest)
 
 
 @pytest.mark.parametrize("dtype,head_dim", [(HALF, 128), (BF16, 64), (FLOAT, 128)])
@@ -351,7 +339,7 @@ def test_portable_kernels(cuda: str, dtype: torch.dtype, head_dim: int, max_qo_l
             forest.q, forest.cache[:, 0], forest.cache[:, 1], *arrays, plan.schedule, causal,
             plan.sm_scale, 1.0, out, lse,
         )  # fmt: skip
-        check((out, lse), forest, causal)
+        check_attention((out, lse), forest, causal)
 
 
 def test_rows_that_are_not_aligned(cuda: str) -> None:
@@ -362,7 +350,7 @@ def test_rows_that_are_not_aligned(cuda: str) -> None:
     )  # fmt: skip
     wide = torch.full((*forest.cache.shape[:-1], 65), NAN, dtype=HALF, device=cuda)
     wide[..., :64] = forest.cache
-    check(run(forest, cache=wide[..., :64]), forest)
+    check_attention(run(forest, cache=wide[..., :64]), forest)
 
 
 @pytest.mark.parametrize("num_requests", [20, 200, 700, 1100])
@@ -376,7 +364,7 @@ def test_merges_of_few_and_many_rows(cuda: str, num_requests: int, head_dim: int
     )  # fmt: skip
     plan = plan_cascade(*forest.arrays, **forest.numbers)
     assert int(plan.schedule[5]) > 0  # rows of partial states
-    check(cascade_attention(forest.q, forest.cache, plan), forest)
+    check_attention(cascade_attention(forest.q, forest.cache, plan), forest)
 
 
 @pytest.mark.parametrize("page_size", [16, 1])
@@ -394,7 +382,7 @@ def test_kv_of_half_a_tile(cuda: str, prefix: int, causal: bool, page_size: int)
             [[sum(rows)], rows], [[prefix], lengths], num_qo_heads=16, head_dim=128, dtype=HALF,
             page_size=page_size, device=cuda, extra_rows=2,
         )  # fmt: skip
-        check(run(forest, causal=causal), forest, causal)
+        check_attention(run(forest, causal=causal), forest, causal)
 
 
 @pytest.mark.parametrize("num_qo_heads", [4, 16, 320])
