@@ -17,6 +17,19 @@ struct HostBlock {
   int num_lanes() const { return 1; }
   void sync() {}
   void warp_sync() {}
+  // The cluster's: it is this block.
+  int cluster_thread() const { return 0; }
+  int cluster_size() const { return 1; }
+  int cluster_warp() const { return 0; }
+  int cluster_warps() const { return 1; }
+  bool is_first() const { return true; }
+  void sync_all() {}
+  void ready_all() {}
+  template <class T>
+  void store_all(T* p, T value) {
+    *p = value;
+  }
+  void raise_all(int32_t* p, int value) { raise(p, value); }
   void stamp(int phase) {}
   template <class T>
   void add(T* p, T value) {
@@ -38,8 +51,11 @@ struct HostBlock {
     for (int k = 1; k < kCandidates; ++k) {
       if (time(k) < time(best)) best = k;
     }
+    time(best);
     return best;
   }
+  // What its time, the last one computed, has left.
+  Sharing of_candidate(const Sharing& x, int k) const { return x; }
 
   template <int N, class Load, class Store>
   void scan(int n, Load load, Store store, int (&total)[N]) {

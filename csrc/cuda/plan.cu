@@ -1,7 +1,9 @@
-// Planning cascade attention on the GPU: planner.h run by one block of threads.
+// Planning cascade attention on the GPU: planner.h run by one block of threads, or by a cluster.
 //
 // Grid: one block, of as many threads as a batch of that many groups keeps busy: what all warps do
-// alike (sums over tiles, the choice of runs) costs the more the more warps there are.
+// alike (sums over tiles, the choice of runs) costs the more the more warps there are. Where the
+// chip has clusters, larger batches are planned by one: what its warps do each for their own tiles
+// and units is what takes long, and one SM's schedulers are busy with it.
 //
 // The kernel lets kernels that depend on it start at once: those that are launched so wait for its
 // end before they read the schedule.
@@ -20,15 +22,17 @@ namespace {
 constexpr int kSmallThreads = 256;
 constexpr int kLargeThreads = 512;
 constexpr int kSmallGroups = 384;
+constexpr int kCtas = 8;
+constexpr int kAloneGroups = 128;  // up to so many, one block plans
 #ifdef FLASHINFER_OPS_PLAN_CLOCKS
 constexpr int kStamps = 8;
 #endif
 
-// The threads of one block, as planner.h asks for them.
-template <int kThreads>
+// The threads of one block of a cluster, as planner.h asks for them.
+template <int kThreads, int kCtas>
 struct DeviceBlock {
   static constexpr int kWarps = kThreads / 32;
-  static_assert(kWarps <= 32 && kCandidates == 32);
+  static_assert(kWarps <= 32 && (kThreads & (kThreads - 1)) == 0 && kCandidates == 32);
 
   int32_t* warp_totals;  // [2, 3, kWarps]
   int buffer = 0;
@@ -50,6 +54,90 @@ struct DeviceBlock {
   __device__ __forceinline__ int num_lanes() const { return 32; }
   __device__ __forceinline__ void sync() { __syncthreads(); }
   __device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
+  __device__ __forceinline__ int cluster_rank() const {
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    if (kCtas > 1) asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return static_cast<int>(rank);
+  }
+  // Warps and threads of one number in all blocks follow each other: few tiles and units are for
+  // many blocks.
+  __device__ __forceinline__ int cluster_thread() const { return cluster_warp() * 32 + lane(); }
+  __device__ __forceinline__ int cluster_size() const { return kCtas * kThreads; }
+  __device__ __forceinline__ int cluster_warp() const { return warp() * kCtas + cluster_rank(); }
+  __device__ __forceinline__ int cluster_warps() const { return kCtas * kWarps; }
+  __device__ __forceinline__ bool is_first() const { return cluster_rank() == 0; }
+  // What any thread wrote before is what all see behind.
+  __device__ __forceinline__ void sync_all() {
+    if constexpr (kCtas == 1) {
+      __syncthreads();
+    } else {
+#if __CUDA_ARCH__ >= 900
+      asm volatile(
+          "barrier.cluster.arrive.release.aligned;\n"
+          "barrier.cluster.wait.acquire.aligned;" ::
+              : "memory");
+#endif
+    }
+  }
+  // All blocks run and have read what store_all() is about to write.
+  __device__ __forceinline__ void ready_all() {
+    if constexpr (kCtas > 1) sync_all();
+  }
+  // To the same place in each block's memory, which is shared memory where there are several.
+  template <class T>
+  __device__ __forceinline__ void store_all(T* p, T value) {
+    if constexpr (kCtas == 1) {
+      *p = value;
+    } else {
+      for_all(p, [&](uint32_t at) { store_shared(at, value); });
+    }
+  }
+  __device__ __forceinline__ void raise_all(int32_t* p, int value) {
+    if constexpr (kCtas == 1) {
+      raise(p, value);
+    } else {
+#if __CUDA_ARCH__ >= 900
+      for_all(p, [&](uint32_t at) {
+        asm volatile("red.relaxed.cluster.shared::cluster.max.s32 [%0], %1;" ::"r"(at), "r"(value)
+                     : "memory");
+      });
+#endif
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ static void for_all(const void* p, F f) {
+#if __CUDA_ARCH__ >= 900
+    const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#pragma unroll
+    for (int rank = 0; rank < kCtas; ++rank) {
+      uint32_t there;
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+      f(there);
+    }
+#endif
+  }
+  template <class T>
+  __device__ __forceinline__ static void store_shared(uint32_t at, const T& value) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+#if __CUDA_ARCH__ >= 900
+    uint32_t x[4] = {};
+    memcpy(x, &value, sizeof(T));
+    if constexpr (sizeof(T) == 4) {
+      asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(at), "r"(x[0]) : "memory");
+    } else if constexpr (sizeof(T) == 8) {
+      asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(x[0]), "r"(x[1])
+                   : "memory");
+    } else {
+      asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]),
+                   "r"(x[1]), "r"(x[2]), "r"(x[3])
+                   : "memory");
+    }
+#endif
+  }
   template <class T>
   __device__ __forceinline__ void add(T* p, T value) {
     atomicAdd(p, value);
@@ -78,11 +166,16 @@ struct DeviceBlock {
     return __popc(lanes & ((1u << lane()) - 1));
   }
 
-  // The first of kCandidates with the lowest time, none of them negative.
+  // The first of kCandidates with the lowest time, none of them negative; a lane takes each.
   template <class Time>
   __device__ __forceinline__ int lowest(Time time) {
     const unsigned mine = __float_as_uint(time(lane()));
     return __ffs(__ballot_sync(~0u, mine == __reduce_min_sync(~0u, mine))) - 1;
+  }
+  // What the time of candidate k left in its lane.
+  __device__ __forceinline__ Sharing of_candidate(const Sharing& x, int k) const {
+    return {__shfl_sync(~0u, x.time, k), __shfl_sync(~0u, x.matrix_ctas, k),
+            __shfl_sync(~0u, x.stream_rounds, k), __shfl_sync(~0u, x.first_free, k)};
   }
 
   // store(i, sums of load(0) to load(i - 1), load(i)) for each i below n; sums of all in `total`.
@@ -139,25 +232,29 @@ struct SharedMemory {
   }
 };
 
-template <int kThreads>
+template <int kThreads, int kCtas>
 __global__ void __launch_bounds__(kThreads, 1)
     plan_kernel(const __grid_constant__ PlanInput in, const __grid_constant__ Layout layout,
                 int32_t* schedule, int shared_words) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  using Block = DeviceBlock<kThreads>;
+  using Block = DeviceBlock<kThreads, kCtas>;
+  using Alone = DeviceBlock<kThreads, 1>;
   SharedMemory shared(shared_words);
   Block block{shared.ints(6 * Block::kWarps)};
 #ifdef FLASHINFER_OPS_PLAN_CLOCKS
   block.start = clock64();
 #endif
   if (!Planner<Block, SharedMemory>(block, in, layout, schedule, shared).run()) {
+    // In the one work space that there is.
+    if (!block.is_first()) return;
     const PlainMemory memory{schedule + layout.work_at, layout.words - layout.work_at};
-    Planner<Block, PlainMemory>(block, in, layout, schedule, memory).run();
+    Alone alone{block.warp_totals};
+    Planner<Alone, PlainMemory>(alone, in, layout, schedule, memory).run();
   }
 #ifdef FLASHINFER_OPS_PLAN_CLOCKS
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && block.is_first()) {
     block.stamp(kStamps - 1);
     for (int i = 0; i < kStamps; ++i) {
       reinterpret_cast<Header*>(schedule)->reserved[i] = block.stamps[i];
@@ -166,16 +263,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
+using PlanKernel = void (*)(PlanInput, Layout, int32_t*, int);
+constexpr PlanKernel kKernels[] = {plan_kernel<kSmallThreads, 1>, plan_kernel<kLargeThreads, 1>,
+                                   plan_kernel<kSmallThreads, kCtas>,
+                                   plan_kernel<kLargeThreads, kCtas>};
+
 struct DeviceKind {
   int32_t num_sms;
   int32_t packed;  // for Hopper's own kernels
   int32_t shared_words;
+  bool clusters;
 };
 
 // Asks for the current device's kind and makes the kernels ready there.
 DeviceKind prepare(int device) {
   const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  for (const auto kernel : {plan_kernel<kSmallThreads>, plan_kernel<kLargeThreads>}) {
+  for (const PlanKernel kernel : kKernels) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "cudaFuncSetAttribute");
@@ -186,7 +289,8 @@ DeviceKind prepare(int device) {
   }
   const int sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const bool packed = is_hopper(device);
-  return {packed ? std::min(sms, kMaxCtas) : sms, packed, shared_bytes / 4};
+  const bool clusters = device_attribute(cudaDevAttrClusterLaunch, device) != 0;
+  return {packed ? std::min(sms, kMaxCtas) : sms, packed, shared_bytes / 4, clusters};
 }
 
 DeviceKind kind_of(int device) {
@@ -227,6 +331,26 @@ Costs costs_of(bool packed) {
   }
 #endif
   return costs;
+}
+
+void launch(const PlanInput& in, const Layout& layout, int32_t* schedule, int shared_words,
+            bool clusters, cudaStream_t stream) {
+  const int groups = in.first_group[in.num_levels];
+  const bool large = groups > kSmallGroups, several = clusters && groups > kAloneGroups;
+  const unsigned ctas = several ? kCtas : 1;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {ctas, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(large ? kLargeThreads : kSmallThreads);
+  config.dynamicSmemBytes = 4 * shared_words;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = several;
+  check_cuda(cudaLaunchKernelEx(&config, kKernels[2 * several + large], in, layout, schedule,
+                                shared_words),
+             "cascade_plan");
 }
 
 // cascade_plan.out(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len,
@@ -284,11 +408,7 @@ void cascade_plan_out(const std::vector<Tensor>& qo_indptr, const std::vector<Te
   in.costs = costs_of(kind.packed);
   derive(in);
   const int words = shared_words(in, layout, kind.shared_words);
-  const bool small = in.first_group[levels] <= kSmallGroups;
-  const auto kernel = small ? plan_kernel<kSmallThreads> : plan_kernel<kLargeThreads>;
-  kernel<<<1, small ? kSmallThreads : kLargeThreads, 4 * words, on.stream()>>>(
-      in, layout, static_cast<int32_t*>(schedule.data_ptr()), words);
-  check_launch("cascade_plan");
+  launch(in, layout, static_cast<int32_t*>(schedule.data_ptr()), words, kind.clusters, on.stream());
 }
 
 // cascade_plan(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len, int num_qo_heads,

@@ -1,4 +1,5 @@
-// The planner of a GPU's schedule (schedule.h), run by one block of threads.
+// The planner of a GPU's schedule (schedule.h), run by one block of threads, or by a cluster of
+// them.
 //
 //   1. rows and lengths of all groups into fast memory              planner_tiles.h
 //   2. tiles of about kTileRows packed rows, aligned to a level
@@ -15,6 +16,9 @@
 // rather than stored where that takes a few operations. Nothing depends on the order in which
 // threads run: a plan is a function of its input. `Block` gives the threads, plan.cu's on the GPU,
 // one thread on the host for tests without a GPU; `Memory` holds the planner's own arrays.
+//
+// Blocks of a cluster share steps 3 and 6 out; everything else each of them does for itself, as if
+// it were alone. In step 3 what one finds goes into the arrays of all (`store_all`).
 //
 // Index arrays may hold anything: no table is written beyond its capacity. Arrays with rows that
 // decrease or counts beyond kMaxRows and kMaxLength give the plan of an empty batch.
@@ -210,6 +214,12 @@ struct Piece {
   int row_begin, row_end, kv_end, diagonal;
 };
 
+// Where an own piece is.
+struct alignas(8) Place {
+  int32_t tile_level;  // tile * kMaxLevels + level
+  int32_t group;
+};
+
 enum class Kind { kNone, kGranules, kSegment, kOwn };
 
 template <class Block, class Memory>
@@ -242,7 +252,7 @@ struct Planner {
   Counts* tile_first;    // [num_tiles + 1] and of the tiles before
   Walk* tile_walks;
   int32_t* segment_walk;  // `walk` of all segments
-  int32_t* own_place;     // [own piece, 2] tile * kMaxLevels + level; group
+  Place* own_place;
   Walk* own_walks;
   int longest_walk = 0;  // blocks
   int32_t* longest_own;
@@ -268,6 +278,7 @@ struct Planner {
     FLASHINFER_OPS_ROLLED
     for (int attempt = 0; attempt < 4; ++attempt) {
       memory = before;
+      block.ready_all();
       if (!find_pieces(attempt < 3)) return false;
       block.stamp(3);
       choose_runs(attempt < 2 ? layout.partial_rows >> (2 * attempt) : 0);

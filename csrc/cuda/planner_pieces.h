@@ -1,8 +1,8 @@
 // Step 3 of the planner (planner.h): what each tile sees, and whether it walks it or pieces own it.
 //
-// A warp takes a run of tiles and its lanes take pieces. It goes over them twice: to count, and
-// once the counts of the tiles before are known, to write segments, granules and own pieces in
-// place.
+// A warp of the cluster takes a run of tiles and its lanes take pieces. It goes over them twice: to
+// count, and once the counts of the tiles before are known, to write segments, granules and own
+// pieces in place.
 #pragma once
 
 #include "cuda/planner.h"
@@ -11,7 +11,7 @@ namespace flashinfer_ops::gpu {
 
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::first_tile(int warp) const {
-  return min_int(warp * ceil_div(num_tiles, block.num_warps()), num_tiles);
+  return min_int(warp * ceil_div(num_tiles, block.cluster_warps()), num_tiles);
 }
 
 // The groups of each level that share rows with the warp's tiles: a lane searches for one level of
@@ -145,16 +145,16 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
 
     if (k == Kind::kOwn) {
       const int rows = x.row_end - x.row_begin;
-      own_place[2 * o] = tile * kMaxLevels + x.level;
-      own_place[2 * o + 1] = x.group;
-      own_walks[o] = {blocks_of(x.kv_end), rows, ceil_div(rows, in.stream_part), 0};
-      block.raise(longest_own, own_walks[o].blocks);
+      const Walk own{blocks_of(x.kv_end), rows, ceil_div(rows, in.stream_part), 0};
+      block.store_all(own_place + o, Place{tile * kMaxLevels + x.level, x.group});
+      block.store_all(own_walks + o, own);
+      block.raise_all(longest_own, own.blocks);
       continue;
     }
     Segment segment{x.level, first_page(x), 0, x.kv_end, x.row_begin, x.row_end, x.diagonal, walk};
     if (k == Kind::kSegment) {
       segments[s] = segment;
-      segment_walk[s] = walk;
+      block.store_all(segment_walk + s, walk);
     }
     segment.walk = 0;
     FLASHINFER_OPS_ROLLED
@@ -171,8 +171,9 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
 // granules and own pieces.
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds) {
-  const int begin = first_tile(block.warp()), end = first_tile(block.warp() + 1);
-  // Zeros for step 4; the barrier between the passes is one for these too.
+  const int begin = first_tile(block.cluster_warp()), end = first_tile(block.cluster_warp() + 1);
+  // Zeros for steps 4 and 5; the barrier between the passes is one for these too.
+  for (int t = block.thread(); t < num_tiles; t += block.size()) tile_ranks[t] = 0;
   for (int i = block.thread(); i < 8 * kCandidates; i += block.size()) {
     reinterpret_cast<int32_t*>(run_sums)[i] = 0;
   }
@@ -182,7 +183,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
   FLASHINFER_OPS_ROLLED
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) {
-      block.sync();
+      block.sync_all();
       block.stamp(2);
       at = sum_counts(begin);
       if (!memory.fits()) return false;
@@ -193,18 +194,18 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
       const Counts c = visit_tile(tile, at, all_kinds, pass == 1, &own_levels);
       own_levels = block.warp_or(own_levels);
       if (pass == 1) {
-        if (block.lane() == 0) tile_first[tile] = at;
+        if (block.lane() == 0) block.store_all(tile_first + tile, at);
         at = {at.plain + c.plain, at.granules + c.granules, at.own + c.own, 0};
       } else if (block.lane() == 0) {
         const int rows = tile_row[tile + 1] - tile_row[tile];
         const int blocks = blocks_of(c.granules * kGranule) + blocks_of(c.tokens);
-        tile_counts[tile] = c;
-        tile_walks[tile] = {blocks, rows, ceil_div(rows, in.tile_part), own_levels};
-        tile_ranks[tile] = 0;
+        block.store_all(tile_counts + tile, c);
+        block.store_all(tile_walks + tile,
+                        Walk{blocks, rows, ceil_div(rows, in.tile_part), own_levels});
       }
     }
   }
-  block.sync();
+  block.sync_all();
   return true;
 }
 
@@ -227,7 +228,7 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::sum_counts(int tile) {
   longest_walk = block.warp_max(longest_walk);
   num_own = all.own;
   segment_walk = memory.ints(all.plain);
-  own_place = memory.ints(2 * num_own);
+  own_place = reinterpret_cast<Place*>(memory.ints(2 * num_own));
   own_walks = reinterpret_cast<Walk*>(memory.ints(4 * num_own));
   own_units = memory.ints(num_own + 1);
   if (memory.fits() && block.thread() == 0) tile_first[num_tiles] = all;

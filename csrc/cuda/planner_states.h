@@ -119,22 +119,23 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::choose_runs(int64_t most_st
     own = sums[chosen];
   }
   const bool share = in.packed && tile_class == 0 && num_own > 0;
+  sharing = {0, in.num_sms, 0, 0};
   const int chosen = block.lowest([&](int k) {
     const int run = run_of(longest_walk, k);
+    if (share) sharing = share_sms(run_sums[k], run, own);
     const float time =
-        share ? share_sms(run_sums[k], run, own).time
+        share ? sharing.time
               : time_of(run_sums[k], run, c.matrix_token[tile_class], c.matrix_slots[tile_class]);
     return time + time_of_states(run_sums[k], layout.matrix_units, most_states);
   });
   matrix_run = run_of(longest_walk, chosen);
-  sharing = {0, in.num_sms, 0, 0};
-  if (share) sharing = share_sms(run_sums[chosen], matrix_run, own);
+  if (share) sharing = block.of_candidate(sharing, chosen);
 }
 
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE Piece Planner<Block, Memory>::own_piece(int own) const {
-  const int place = own_place[2 * own];
-  return piece(place / kMaxLevels, place % kMaxLevels, own_place[2 * own + 1]);
+  const Place at = own_place[own];
+  return piece(at.tile_level / kMaxLevels, at.tile_level % kMaxLevels, at.group);
 }
 
 // The rank of an own piece's first state comes after its tile's and its own ancestors'.
@@ -163,7 +164,7 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::rank_own_pieces() {
       const Piece above = own_piece(low - 1);
       if (above.level == l && above.row_end > x.row_begin) rank += own_states(low - 1);
     }
-    table_of_own[o] = {x.row_begin, x.row_end, rank, states};
+    if (block.is_first()) table_of_own[o] = {x.row_begin, x.row_end, rank, states};
     own_walks[o].rank = rank;
     block.raise(tile_ranks + x.tile, rank + states);
   }
@@ -190,10 +191,12 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
     if (i < num_own) value[1] = own_states(i);
   };
   const auto place = [&](int i, const int (&at)[3], const int (&value)[3]) {
+    if (i < num_own) own_units[i] = at[1];
     if (i < num_tiles) {
       const int scratch = value[2] > 0 ? at[2] : -1;
       tile_units[i] = at[0];
       tile_scratch[i] = scratch;
+      if (!block.is_first()) return;
       tiles[i] = {tile_row[i],
                   tile_row[i + 1],
                   value[0],
@@ -203,22 +206,22 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
                   max_int(value[0], tile_ranks[i]),
                   0};
     }
-    if (i < num_own) own_units[i] = at[1];
   };
   int total[3];
   block.scan(max_int(num_tiles, num_own), count, place, total);
   if (block.thread() == 0) {
     tile_units[num_tiles] = total[0];
     own_units[num_own] = total[1];
-    *table<Header>(0) = {num_tokens,
-                         num_tiles,
-                         tile_tokens,
-                         total[0],
-                         total[1],
-                         total[2],
-                         max_int(in.own_part, 1),
-                         total[2] > 0 || total[0] != num_tiles,
-                         {}};
+    if (block.is_first())
+      *table<Header>(0) = {num_tokens,
+                           num_tiles,
+                           tile_tokens,
+                           total[0],
+                           total[1],
+                           total[2],
+                           max_int(in.own_part, 1),
+                           total[2] > 0 || total[0] != num_tiles,
+                           {}};
   }
   block.sync();
   const bool fits = total[0] <= layout.matrix_units && total[1] <= layout.stream_units &&

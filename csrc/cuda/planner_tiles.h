@@ -14,12 +14,12 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::load_groups() {
   pages = memory.ints(groups + levels);
   lengths = memory.ints(groups);
   if (!memory.fits()) return false;
-  // Copies are on their way together, however many levels there are.
+  // Copies are on their way together, however many levels there are; other warps copy each level.
   FLASHINFER_OPS_ROLLED
   for (int l = 0; l < levels; ++l) {
     const int n = num_groups(l), first = in.first_group[l];
     FLASHINFER_OPS_ROLLED
-    for (int g = block.thread(); g <= n; g += block.size()) {
+    for (int g = (block.thread() - first - l) & (block.size() - 1); g <= n; g += block.size()) {
       memory.copy(rows_at + first + l + g, in.qo_indptr[l] + g);
       memory.copy(pages + first + l + g, in.kv_indptr[l] + g);
       if (g < n) memory.copy(lengths + first + g, in.kv_last_page_len[l] + g);

@@ -15,7 +15,7 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::write_units(int num_units) 
   const int matrix_units = tile_units[num_tiles];
   const int num_lists = in.packed ? kLists * in.num_sms : 0;
   FLASHINFER_OPS_ROLLED
-  for (int i = block.thread(); i < num_units + num_lists; i += block.size()) {
+  for (int i = block.cluster_thread(); i < num_units + num_lists; i += block.cluster_size()) {
     ItemList* list = nullptr;
     ItemRange range;
     int u = i;
