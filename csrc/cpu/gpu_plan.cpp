@@ -24,9 +24,14 @@ struct HostBlock {
   int cluster_warps() const { return 1; }
   bool is_first() const { return true; }
   void sync_all() {}
-  void ready_all() {}
+  void arrive_all() {}
+  void wait_all() {}
   template <class T>
   void store_all(T* p, T value) {
+    *p = value;
+  }
+  template <class T>
+  void warp_store_all(T* p, T value) {
     *p = value;
   }
   void raise_all(int32_t* p, int value) { raise(p, value); }

@@ -22,7 +22,7 @@ namespace {
 constexpr int kSmallThreads = 256;
 constexpr int kLargeThreads = 512;
 constexpr int kSmallGroups = 384;
-constexpr int kCtas = 8;
+constexpr int kClusterCtas = 8;
 constexpr int kAloneGroups = 128;  // up to so many, one block plans
 #ifdef FLASHINFER_OPS_PLAN_CLOCKS
 constexpr int kStamps = 8;
@@ -74,17 +74,19 @@ struct DeviceBlock {
     if constexpr (kCtas == 1) {
       __syncthreads();
     } else {
-#if __CUDA_ARCH__ >= 900
-      asm volatile(
-          "barrier.cluster.arrive.release.aligned;\n"
-          "barrier.cluster.wait.acquire.aligned;" ::
-              : "memory");
-#endif
+      arrive_all();
+      wait_all();
     }
   }
-  // All blocks run and have read what store_all() is about to write.
-  __device__ __forceinline__ void ready_all() {
-    if constexpr (kCtas > 1) sync_all();
+  __device__ __forceinline__ void arrive_all() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kCtas > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ void wait_all() {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kCtas > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
   }
   // To the same place in each block's memory, which is shared memory where there are several.
   template <class T>
@@ -93,6 +95,15 @@ struct DeviceBlock {
       *p = value;
     } else {
       for_all(p, [&](uint32_t at) { store_shared(at, value); });
+    }
+  }
+  // The same of a value that all lanes of a warp have.
+  template <class T>
+  __device__ __forceinline__ void warp_store_all(T* p, T value) {
+    if constexpr (kCtas == 1) {
+      if (lane() == 0) *p = value;
+    } else {
+      if (lane() < kCtas) store_shared(place_at(p, lane()), value);
     }
   }
   __device__ __forceinline__ void raise_all(int32_t* p, int value) {
@@ -108,17 +119,19 @@ struct DeviceBlock {
     }
   }
 
-  template <class F>
-  __device__ __forceinline__ static void for_all(const void* p, F f) {
+  // Where a block of the cluster has what this one has at p, in shared memory.
+  __device__ __forceinline__ static uint32_t place_at(const void* p, int rank) {
+    uint32_t there = 0;
 #if __CUDA_ARCH__ >= 900
     const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-#pragma unroll
-    for (int rank = 0; rank < kCtas; ++rank) {
-      uint32_t there;
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-      f(there);
-    }
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
 #endif
+    return there;
+  }
+  template <class F>
+  __device__ __forceinline__ static void for_all(const void* p, F f) {
+#pragma unroll
+    for (int rank = 0; rank < kCtas; ++rank) f(place_at(p, rank));
   }
   template <class T>
   __device__ __forceinline__ static void store_shared(uint32_t at, const T& value) {
@@ -264,9 +277,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 using PlanKernel = void (*)(PlanInput, Layout, int32_t*, int);
-constexpr PlanKernel kKernels[] = {plan_kernel<kSmallThreads, 1>, plan_kernel<kLargeThreads, 1>,
-                                   plan_kernel<kSmallThreads, kCtas>,
-                                   plan_kernel<kLargeThreads, kCtas>};
+constexpr PlanKernel kSmall = plan_kernel<kSmallThreads, 1>, kLarge = plan_kernel<kLargeThreads, 1>,
+                     kCluster = plan_kernel<kLargeThreads, kClusterCtas>;
 
 struct DeviceKind {
   int32_t num_sms;
@@ -278,7 +290,7 @@ struct DeviceKind {
 // Asks for the current device's kind and makes the kernels ready there.
 DeviceKind prepare(int device) {
   const int shared_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  for (const PlanKernel kernel : kKernels) {
+  for (const PlanKernel kernel : {kSmall, kLarge, kCluster}) {
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "cudaFuncSetAttribute");
@@ -336,20 +348,23 @@ Costs costs_of(bool packed) {
 void launch(const PlanInput& in, const Layout& layout, int32_t* schedule, int shared_words,
             bool clusters, cudaStream_t stream) {
   const int groups = in.first_group[in.num_levels];
-  const bool large = groups > kSmallGroups, several = clusters && groups > kAloneGroups;
-  const unsigned ctas = several ? kCtas : 1;
+  const bool several = clusters && groups > kAloneGroups, small = groups <= kSmallGroups;
+  const unsigned ctas = several ? kClusterCtas : 1;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {ctas, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(ctas);
-  config.blockDim = dim3(large ? kLargeThreads : kSmallThreads);
+  config.blockDim = dim3(small && !several ? kSmallThreads : kLargeThreads);
   config.dynamicSmemBytes = 4 * shared_words;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = several;
-  check_cuda(cudaLaunchKernelEx(&config, kKernels[2 * several + large], in, layout, schedule,
-                                shared_words),
+  check_cuda(cudaLaunchKernelEx(&config,
+                                several ? kCluster
+                                : small ? kSmall
+                                        : kLarge,
+                                in, layout, schedule, shared_words),
              "cascade_plan");
 }
 

@@ -34,8 +34,10 @@
 // Before loops that run once or twice: unrolled ones are instructions to fetch, at a miss each.
 #ifdef __CUDA_ARCH__
 #define FLASHINFER_OPS_ROLLED _Pragma("unroll 1")
+#define FLASHINFER_OPS_UNROLLED _Pragma("unroll")
 #else
 #define FLASHINFER_OPS_ROLLED
+#define FLASHINFER_OPS_UNROLLED
 #endif
 
 namespace flashinfer_ops::gpu {
@@ -94,6 +96,8 @@ struct PlanInput {
   int32_t own_part;
   int32_t stream_part;
   float inverse_sms;
+  // Rows of groups lie one level after the other, one more than a level has groups.
+  int32_t first_row[kMaxLevels];
 };
 
 inline void derive(PlanInput& in) {
@@ -102,6 +106,9 @@ inline void derive(PlanInput& in) {
   in.own_part = kStreamRows / in.group_size;
   in.stream_part = tokens(static_cast<int>(in.costs.stream_rows));
   in.inverse_sms = 1.0f / in.num_sms;
+  for (int l = 0; l < kMaxLevels; ++l) {
+    in.first_row[l] = l < in.num_levels ? in.first_group[l] + l : INT32_MAX;
+  }
 }
 
 // Of a >= 0 and b > 0; unsigned, which takes fewer operations.
@@ -267,9 +274,11 @@ struct Planner {
 
   // Writes the schedule, or returns false where `memory` is too small.
   FLASHINFER_OPS_ANYWHERE bool run() {
-    if (!load_groups()) return false;
-    block.stamp(0);
-    if (!make_tiles()) return false;
+    // Before one block writes into another's memory, that one runs.
+    block.arrive_all();
+    const bool has_room = load_groups() && make_tiles();
+    block.wait_all();
+    if (!has_room) return false;
     block.stamp(1);
     // A schedule that does not fit is made again with less in it: with fewer partial states,
     // without cutting any walk, without own pieces and granules.
@@ -278,7 +287,7 @@ struct Planner {
     FLASHINFER_OPS_ROLLED
     for (int attempt = 0; attempt < 4; ++attempt) {
       memory = before;
-      block.ready_all();
+      if (attempt > 0) block.sync_all();  // all have read what was found
       if (!find_pieces(attempt < 3)) return false;
       block.stamp(3);
       choose_runs(attempt < 2 ? layout.partial_rows >> (2 * attempt) : 0);
@@ -296,17 +305,18 @@ struct Planner {
     return in.first_group[level + 1] - in.first_group[level];
   }
   FLASHINFER_OPS_ANYWHERE const int32_t* level_rows(int level) const {
-    return rows_at + in.first_group[level] + level;
+    return rows_at + in.first_row[level];
   }
   // Where the group's pages start in kv_indices.
   FLASHINFER_OPS_ANYWHERE int first_page(const Piece& x) const {
-    return pages[in.first_group[x.level] + x.level + x.group];
+    return pages[in.first_row[x.level] + x.group];
   }
   template <class T>
   FLASHINFER_OPS_ANYWHERE T* table(int64_t at) const {
     return reinterpret_cast<T*>(schedule + at);
   }
 
+  FLASHINFER_OPS_ANYWHERE int level_of_row(int i) const;
   FLASHINFER_OPS_ANYWHERE bool load_groups();
   FLASHINFER_OPS_ANYWHERE int border(int i) const;
   FLASHINFER_OPS_ANYWHERE bool make_tiles();

@@ -194,14 +194,14 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
       const Counts c = visit_tile(tile, at, all_kinds, pass == 1, &own_levels);
       own_levels = block.warp_or(own_levels);
       if (pass == 1) {
-        if (block.lane() == 0) block.store_all(tile_first + tile, at);
+        block.warp_store_all(tile_first + tile, at);
         at = {at.plain + c.plain, at.granules + c.granules, at.own + c.own, 0};
-      } else if (block.lane() == 0) {
+      } else {
         const int rows = tile_row[tile + 1] - tile_row[tile];
         const int blocks = blocks_of(c.granules * kGranule) + blocks_of(c.tokens);
-        block.store_all(tile_counts + tile, c);
-        block.store_all(tile_walks + tile,
-                        Walk{blocks, rows, ceil_div(rows, in.tile_part), own_levels});
+        block.warp_store_all(tile_counts + tile, c);
+        block.warp_store_all(tile_walks + tile,
+                             Walk{blocks, rows, ceil_div(rows, in.tile_part), own_levels});
       }
     }
   }

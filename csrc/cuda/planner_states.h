@@ -79,23 +79,25 @@ FLASHINFER_OPS_ANYWHERE Sharing Planner<Block, Memory>::share_sms(const RunSums&
   const float own_items = min_float(own.items * heads, kMaxSum);
   const float own_time = product(own.blocks * heads, kBlock * c.beside_token) +
                          product(own_items, 0.5f * c.unit_start);
-  const float all = min_float(in.num_sms, c.beside_sms);
-  Sharing best{3e38f, in.num_sms, 0, 0};
+  const float all = 1.0f / min_float(in.num_sms, c.beside_sms);
+  float best = 3e38f, best_meanwhile = 0;
+  int best_ctas = in.num_sms;
   FLASHINFER_OPS_ROLLED
   for (int rounds = least; rounds < least + kMoreRounds; ++rounds) {
     const int ctas = ceil_div(items, rounds), others = in.num_sms - ctas;
     const float end = min_float(product(rounds, unit), total / ctas + unit);
     const float meanwhile = product(min_float(others, c.beside_sms), end);
-    const float time = end + max_float(own_time - meanwhile, 0) / all;
-    if (!(time < best.time)) continue;
-    const float done = min_float(meanwhile / max_float(own_time, 1), 1);
-    const int last = items - divide(items, ctas) * ctas;
-    best = {time, ctas, others > 0 ? static_cast<int>(product(done, own_items) / (2 * others)) : 0,
-            last > 0            ? last
-            : ctas < in.num_sms ? ctas
-                                : 0};
+    const float time = end + product(max_float(own_time - meanwhile, 0), all);
+    if (time < best) best = time, best_ctas = ctas, best_meanwhile = meanwhile;
   }
-  return best;
+  const int others = in.num_sms - best_ctas;
+  const float done = min_float(best_meanwhile / max_float(own_time, 1), 1);
+  const int last = items - divide(items, best_ctas) * best_ctas;
+  return {best, best_ctas,
+          others > 0 ? static_cast<int>(product(done, own_items) / (2 * others)) : 0,
+          last > 0                 ? last
+          : best_ctas < in.num_sms ? best_ctas
+                                   : 0};
 }
 
 template <class Block, class Memory>

@@ -5,6 +5,15 @@
 
 namespace flashinfer_ops::gpu {
 
+// Of the i-th of the rows of groups, all levels'. Unrolled, it compares with constants.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::level_of_row(int i) const {
+  int level = 0;
+  FLASHINFER_OPS_UNROLLED
+  for (int l = 1; l < kMaxLevels; ++l) level += i >= in.first_row[l];
+  return level;
+}
+
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::load_groups() {
   const int levels = in.num_levels, groups = in.first_group[levels];
@@ -14,34 +23,31 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::load_groups() {
   pages = memory.ints(groups + levels);
   lengths = memory.ints(groups);
   if (!memory.fits()) return false;
-  // Copies are on their way together, however many levels there are; other warps copy each level.
+  // Copies are on their way together, however many levels there are.
   FLASHINFER_OPS_ROLLED
-  for (int l = 0; l < levels; ++l) {
-    const int n = num_groups(l), first = in.first_group[l];
-    FLASHINFER_OPS_ROLLED
-    for (int g = (block.thread() - first - l) & (block.size() - 1); g <= n; g += block.size()) {
-      memory.copy(rows_at + first + l + g, in.qo_indptr[l] + g);
-      memory.copy(pages + first + l + g, in.kv_indptr[l] + g);
-      if (g < n) memory.copy(lengths + first + g, in.kv_last_page_len[l] + g);
-    }
-    if (block.thread() == 0) live[l] = 0;
+  for (int i = block.thread(); i < groups + levels; i += block.size()) {
+    const int l = level_of_row(i), g = i - in.first_row[l];
+    memory.copy(rows_at + i, in.qo_indptr[l] + g);
+    memory.copy(pages + i, in.kv_indptr[l] + g);
+    if (g < num_groups(l)) memory.copy(lengths + i - l, in.kv_last_page_len[l] + g);
   }
+  FLASHINFER_OPS_ROLLED
+  for (int l = block.thread(); l < levels; l += block.size()) live[l] = 0;
   if (block.thread() == 0) *longest_tile = 0;
   memory.wait();
   block.sync();
 
   bool bad = false;
   FLASHINFER_OPS_ROLLED
-  for (int i = block.thread(); i < groups; i += block.size()) {
-    int level = 0;
-    FLASHINFER_OPS_ROLLED
-    for (int l = 1; l < levels; ++l) level += i >= in.first_group[l];
-    const int row = rows_at[i + level], next_row = rows_at[i + level + 1];
-    const int64_t full = int64_t{pages[i + level + 1]} - pages[i + level] - 1;
-    const int64_t slots = full * in.page_size + lengths[i];
+  for (int i = block.thread(); i < groups + levels; i += block.size()) {
+    const int level = level_of_row(i);
+    if (i - in.first_row[level] == num_groups(level)) continue;
+    const int row = rows_at[i], next_row = rows_at[i + 1];
+    const int64_t full = int64_t{pages[i + 1]} - pages[i] - 1;
+    const int64_t slots = full * in.page_size + lengths[i - level];
     const int length = static_cast<int>(full < 0 || slots < 0 ? 0 : slots);
     bad |= row < 0 || row > next_row || slots > kMaxLength;
-    lengths[i] = length;
+    lengths[i - level] = length;
     if (row < next_row && length > 0) block.add(live + level, 1);
   }
   bad = block.any(bad);
