@@ -116,6 +116,8 @@ FLASHINFER_OPS_ANYWHERE int divide(int a, int b) {
   return static_cast<int>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
 }
 FLASHINFER_OPS_ANYWHERE int ceil_div(int a, int b) { return divide(a + b - 1, b); }
+// Of a > 0, seldom more than b: without a division where it is not.
+FLASHINFER_OPS_ANYWHERE int parts_of(int a, int b) { return a <= b ? 1 : ceil_div(a, b); }
 FLASHINFER_OPS_ANYWHERE int blocks_of(int tokens) { return ceil_div(tokens, kBlock); }
 FLASHINFER_OPS_ANYWHERE int min_int(int a, int b) { return a < b ? a : b; }
 FLASHINFER_OPS_ANYWHERE int max_int(int a, int b) { return a > b ? a : b; }
@@ -229,6 +231,13 @@ struct alignas(8) Place {
 
 enum class Kind { kNone, kGranules, kSegment, kOwn };
 
+// What a lane found of the last piece that it went over, and the warp of its tile.
+struct Visited {
+  Piece piece;
+  Kind kind;
+  int own_levels;  // bits
+};
+
 template <class Block, class Memory>
 struct Planner {
   FLASHINFER_OPS_ANYWHERE Planner(Block& block, const PlanInput& in, const Layout& layout,
@@ -329,7 +338,7 @@ struct Planner {
   FLASHINFER_OPS_ANYWHERE Kind kind(const Piece& x, bool all_kinds) const;
   FLASHINFER_OPS_ANYWHERE int walk_tokens(const Piece& x) const;
   FLASHINFER_OPS_ANYWHERE Counts visit_tile(int tile, const Counts& at, bool all_kinds, bool write,
-                                            int* own_levels);
+                                            Visited& last, bool is_known);
   FLASHINFER_OPS_ANYWHERE bool find_pieces(bool all_kinds);
   FLASHINFER_OPS_ANYWHERE Counts sum_counts(int tile);
 

@@ -94,7 +94,7 @@ FLASHINFER_OPS_ANYWHERE Kind Planner<Block, Memory>::kind(const Piece& x, bool a
   const bool whole = tokens == tile_row[x.tile + 1] - tile_row[x.tile];
   if (!whole && tokens <= in.own_part) {
     const Costs& c = in.costs;
-    const int parts = ceil_div(tokens, in.stream_part);
+    const int parts = parts_of(tokens, in.stream_part);
     const float own = c.own_token + product(c.own_again, parts - 1);
     const float gain = product(x.kv_end, c.matrix_token[tile_class] - own);
     const float loss = product(c.own_unit, parts) + product(c.state, tokens * in.group_size);
@@ -108,27 +108,31 @@ FLASHINFER_OPS_ANYWHERE Kind Planner<Block, Memory>::kind(const Piece& x, bool a
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::walk_tokens(const Piece& x) const {
   const int step = !in.packed ? kBlock : in.page_size % kGranule == 0 ? kGranule : 1;
-  return ceil_div(x.kv_end, step) * step;
+  return (x.kv_end + step - 1) & -step;  // a power of two
 }
 
 // One pass over a tile's pieces, whose counts it returns. `at` counts those of the tiles before.
+// Where a lane has one piece at most, and went over it last, it is known.
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, const Counts& at,
                                                                   bool all_kinds, bool write,
-                                                                  int* own_levels) {
+                                                                  Visited& last, bool is_known) {
   auto* segments = table<Segment>(layout.segment_at);
   auto* granules = table<Segment>(layout.granule_at);
   const int pieces = entry_piece[tile * (in.num_levels + 1) + in.num_levels];
   Counts sum{};
-  *own_levels = 0;
+  int own_levels = 0;
   FLASHINFER_OPS_ROLLED
   for (int base = 0; base < pieces; base += block.num_lanes()) {
-    Piece x{};
-    Kind k = Kind::kNone;
-    if (base + block.lane() < pieces) {
-      x = piece_of_tile(tile, base + block.lane());
-      k = kind(x, all_kinds);
+    if (!is_known || pieces > block.num_lanes()) {
+      last = {};
+      if (base + block.lane() < pieces) {
+        last.piece = piece_of_tile(tile, base + block.lane());
+        last.kind = kind(last.piece, all_kinds);
+      }
     }
+    const Piece& x = last.piece;
+    const Kind k = last.kind;
     const int granule_count = k == Kind::kGranules ? ceil_div(x.kv_end, kGranule) : 0;
     int segment_total, own_total, token_total, granule_total = 0, g = 0;
     const int s = at.plain + sum.plain + block.warp_rank(k == Kind::kSegment, &segment_total);
@@ -140,12 +144,12 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
     }
     sum = {sum.plain + segment_total, sum.granules + granule_total, sum.own + own_total,
            add_up(sum.tokens, token_total)};
-    if (k == Kind::kOwn) *own_levels |= 1 << x.level;
+    if (k == Kind::kOwn) own_levels |= 1 << x.level;
     if (!write || k == Kind::kNone) continue;
 
     if (k == Kind::kOwn) {
       const int rows = x.row_end - x.row_begin;
-      const Walk own{blocks_of(x.kv_end), rows, ceil_div(rows, in.stream_part), 0};
+      const Walk own{blocks_of(x.kv_end), rows, parts_of(rows, in.stream_part), 0};
       block.store_all(own_place + o, Place{tile * kMaxLevels + x.level, x.group});
       block.store_all(own_walks + o, own);
       block.raise_all(longest_own, own.blocks);
@@ -164,6 +168,7 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
       granules[g + i] = segment;
     }
   }
+  last.own_levels = block.warp_or(own_levels);
   return sum;
 }
 
@@ -180,6 +185,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
   if (block.thread() == 0) *longest_own = 0;
   find_levels(begin, end);
   Counts at{};
+  Visited last{};
   FLASHINFER_OPS_ROLLED
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) {
@@ -190,9 +196,8 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
     }
     FLASHINFER_OPS_ROLLED
     for (int tile = begin; tile < end; ++tile) {
-      int own_levels;
-      const Counts c = visit_tile(tile, at, all_kinds, pass == 1, &own_levels);
-      own_levels = block.warp_or(own_levels);
+      const bool is_known = pass == 1 && end - begin == 1;
+      const Counts c = visit_tile(tile, at, all_kinds, pass == 1, last, is_known);
       if (pass == 1) {
         block.warp_store_all(tile_first + tile, at);
         at = {at.plain + c.plain, at.granules + c.granules, at.own + c.own, 0};
@@ -201,7 +206,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
         const int blocks = blocks_of(c.granules * kGranule) + blocks_of(c.tokens);
         block.warp_store_all(tile_counts + tile, c);
         block.warp_store_all(tile_walks + tile,
-                             Walk{blocks, rows, ceil_div(rows, in.tile_part), own_levels});
+                             Walk{blocks, rows, parts_of(rows, in.tile_part), last.own_levels});
       }
     }
   }

@@ -91,8 +91,8 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::make_tiles() {
   } else {
     const auto count = [&](int i, int (&value)[1]) {
       const int tokens = border(i + 1) - border(i);
-      value[0] = ceil_div(tokens, wanted);
-      const int longest = value[0] > 0 ? ceil_div(tokens, value[0]) : 0;
+      value[0] = tokens > 0 ? parts_of(tokens, wanted) : 0;
+      const int longest = value[0] > 1 ? ceil_div(tokens, value[0]) : tokens;
       if (longest > *longest_tile) block.raise(longest_tile, longest);
     };
     const auto place = [&](int i, const int (&at)[1], const int (&)[1]) {
@@ -130,7 +130,8 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::make_tiles() {
       first = interval_tile[i];
       n = interval_tile[i + 1] - first;
     }
-    const int index = t - first, even = t < num_tiles ? divide(end - begin, n) : 0;
+    const int index = t - first,
+              even = n > 1 && t < num_tiles ? divide(end - begin, n) : end - begin;
     tile_row[t] =
         t == num_tiles ? num_tokens : begin + even * index + min_int(index, end - begin - even * n);
   }
