@@ -158,10 +158,11 @@ def test_impossible_arrays_plan_nothing(level: tuple[list[int], ...], packed: bo
     assert schedule[:6].tolist() == [0] * 6
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_any_contents_give_one_plan(seed: int) -> None:
-    """Arrays of anything, half of them with rows in order: the same tables, and no more of them
-    than there is room for, wherever the planner's own arrays lie."""
+Arrays = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def draw_anything(seed: int) -> Arrays:
+    """Index arrays of anything, half of them with rows in order."""
     g = torch.Generator().manual_seed(seed)
     groups = torch.randint(0, 41, (1 + seed % 4,), generator=g).tolist()
 
@@ -173,17 +174,67 @@ def test_any_contents_give_one_plan(seed: int) -> None:
     rows = [draw(n + 1) for n in groups]
     if seed % 2:
         rows = [t.clamp(0, 5000).sort().values for t in rows]
-    arrays = rows, [draw(n + 1) for n in groups], [draw(n) for n in groups]
+    return rows, [draw(n + 1) for n in groups], [draw(n) for n in groups]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_contents_give_one_plan(seed: int) -> None:
+    """The same tables, and no more of them than there is room for, wherever the planner's own
+    arrays lie."""
+    arrays, heads = draw_anything(seed), HEADS[seed % len(HEADS)]
     options = {"causal": seed % 3 == 0, "packed": seed % 8 < 4}
-    heads = HEADS[seed % len(HEADS)]
     first, second = (
         plan_on_host(*arrays, *heads, 16, fast_bytes=size, **options) for size in (0, 1 << 20)
     )
+    groups = [t.shape[0] for t in arrays[2]]
     layout = gpu_schedule(tuple(groups))
     assert torch.equal(first[: layout.work_at], second[: layout.work_at])
     t = tables(first, groups)
     assert t.num_tokens == 0 or seed % 2
     assert t.num_partial_rows <= layout.partial_rows
+
+
+def check_on_gpu(
+    arrays: Arrays, heads: tuple[int, int], page_size: int, causal: bool, device: str
+) -> None:
+    """The GPU's plan is the host's."""
+    on_gpu = [[t.to(device) for t in array] for array in arrays]
+    schedule = torch.ops.flashinfer_ops.cascade_plan.default(
+        *on_gpu, *heads, 128, page_size, causal
+    )
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    packed = torch.cuda.get_device_capability() == (9, 0)
+    wanted = plan_on_host(*arrays, *heads, page_size, causal, num_sms=sms, packed=packed)
+    groups = [t.shape[0] for t in arrays[2]]
+    ctas = sms if packed else 0
+    assert tables(schedule, groups, ctas) == tables(wanted, groups, ctas)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(40))
+def test_a_gpu_plans_any_contents(cuda: str, seed: int) -> None:
+    check_on_gpu(draw_anything(seed), HEADS[seed % len(HEADS)], 16, seed % 3 == 0, cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [1, 7, 11, 31])
+def test_a_gpu_plans_again_for_want_of_room(cuda: str, seed: int) -> None:
+    """Forests whose states, as first chosen, have no room: planned 2, 4, 3 and 4 times on the way."""
+    heads = HEADS[seed % len(HEADS)]
+    forest = random_forest(
+        seed,
+        num_levels=[2, 3, 9, 16][seed % 4],
+        num_requests=[30, 70, 300][seed % 3],
+        max_kv_len=3000,
+        max_qo_len=[1, 40, 200][seed % 3],
+        nested=False,
+        page_size=16,
+        num_qo_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=1,
+    )
+    arrays = forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len
+    check_on_gpu(arrays, heads, 16, False, cuda)
 
 
 @pytest.mark.gpu
@@ -203,17 +254,10 @@ def test_any_contents_give_one_plan(seed: int) -> None:
 def test_a_gpu_plans_what_the_host_does(
     cuda: str, rows: list[list[int]], lengths: list[list[int]], causal: bool
 ) -> None:
-    arrays: tuple[list[Tensor], ...] = ([], [], [])
+    arrays: Arrays = ([], [], [])
     for level_rows, level_lengths in zip(rows, lengths, strict=True):
         pages = [(n + 15) // 16 for n in level_lengths]
         arrays[0].append(int32(0, *accumulate(level_rows)))
         arrays[1].append(int32(0, *accumulate(pages)))
         arrays[2].append(int32(*[(n - 1) % 16 + 1 for n in level_lengths]))
-    on_gpu = [[t.to(cuda) for t in array] for array in arrays]
-    schedule = torch.ops.flashinfer_ops.cascade_plan.default(*on_gpu, 32, 8, 128, 16, causal)
-    sms = torch.cuda.get_device_properties(cuda).multi_processor_count
-    packed = torch.cuda.get_device_capability() == (9, 0)
-    wanted = plan_on_host(*arrays, 32, 8, 16, causal, num_sms=sms, packed=packed)
-    groups = [len(level) for level in rows]
-    ctas = sms if packed else 0
-    assert tables(schedule, groups, ctas) == tables(wanted, groups, ctas)
+    check_on_gpu(arrays, (32, 8), 16, causal, cuda)
