@@ -219,7 +219,7 @@ def test_a_gpu_plans_any_contents(cuda: str, seed: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", [1, 7, 11, 31])
 def test_a_gpu_plans_again_for_want_of_room(cuda: str, seed: int) -> None:
-    """Forests whose states, as first chosen, have no room: planned 2, 4, 3 and 4 times on the way."""
+    """Forests whose states, as first chosen, have no room: planned two to four times on the way."""
     heads = HEADS[seed % len(HEADS)]
     forest = random_forest(
         seed,
