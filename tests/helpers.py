@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashinfer_ops import cascade_attention, plan_cascade
 from flashinfer_ops.reference import attention as reference_attention
 
 # Relative error ||out - oracle|| / ||oracle|| allowed for a dtype, and absolute error of an lse.
@@ -117,15 +118,28 @@ class Forest:
         )
 
 
-def check_attention(actual: tuple[Tensor, Tensor], forest: Forest, *oracle_options: Any) -> None:
+def attend(
+    forest: Forest, layout: str = "NHD", cache: Any = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and lse by a plan of the forest; `options` are the plan's."""
+    plan = plan_cascade(*forest.arrays, **forest.numbers, **options)
+    cache = forest.cache_as(layout) if cache is None else cache
+    return cascade_attention(forest.q, cache, plan, layout)
+
+
+def check_attention(
+    actual: tuple[Tensor, Tensor], forest: Forest, *oracle_options: Any, each_row: bool = True
+) -> None:
     """Output and lse against float64, on the device of the forest."""
     out, lse = actual
     expected, expected_lse = forest.oracle(*oracle_options, device=str(forest.q.device))
-    assert out.shape == forest.q.shape and out.dtype == forest.q.dtype
-    assert lse.shape == forest.q.shape[:2] and lse.dtype == torch.float32
+    assert out.shape == forest.q.shape and out.dtype == forest.q.dtype and out.is_contiguous()
+    assert lse.shape == forest.q.shape[:2] and lse.dtype == torch.float32 and lse.is_contiguous()
     assert relative_error(out, expected) < TOLERANCE[out.dtype]
     assert_lse_close(lse, expected_lse, LSE_TOLERANCE[out.dtype])
     assert not out[lse == -torch.inf].any()
+    if not each_row:
+        return
     # Every row alone: a wrong one must not hide among many. A row's error is a few times larger.
     error = (out.double() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
     seen = lse != -torch.inf

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from helpers import (
     LSE_TOLERANCE,
     TOLERANCE,
-    Forest,
     assert_lse_close,
+    attend,
     check_attention,
     forest_of,
     int32,
@@ -24,14 +22,6 @@ from flashinfer_ops import cascade_attention, plan_cascade
 pytestmark = pytest.mark.gpu
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 INF, NAN = float("inf"), float("nan")
-
-
-def run(
-    forest: Forest, layout: str = "NHD", cache: Any = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    plan = plan_cascade(*forest.arrays, **forest.numbers, **options)
-    cache = forest.cache_as(layout) if cache is None else cache
-    return cascade_attention(forest.q, cache, plan, layout)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +54,7 @@ def test_heads(
         extra_rows=2,
     )
     causal = max_qo_len > 1
-    check_attention(run(forest, causal=causal), forest, causal)
+    check_attention(attend(forest, causal=causal), forest, causal)
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 5, 16, 24, 64])
@@ -78,7 +68,7 @@ def test_page_sizes(
         max_qo_len=3, num_qo_heads=8, head_dim=128, dtype=dtype, device=cuda,
     )  # fmt: skip
     check_attention(
-        run(forest, layout, forest.cache_as(layout, as_tuple), causal=True), forest, True
+        attend(forest, layout, forest.cache_as(layout, as_tuple), causal=True), forest, True
     )
 
 
@@ -92,8 +82,8 @@ def test_causal_lengths(cuda: str, dtype: torch.dtype) -> None:
         [[sum(rows[:half]), sum(rows[half:])], rows], [[130, 17], lengths],
         num_qo_heads=8, head_dim=128, dtype=dtype, device=cuda,
     )  # fmt: skip
-    check_attention(run(forest, causal=True), forest, True)
-    check_attention(run(forest), forest)
+    check_attention(attend(forest, causal=True), forest, True)
+    check_attention(attend(forest), forest)
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -103,7 +93,7 @@ def test_levels(cuda: str, num_levels: int, nested: bool) -> None:
         num_levels, num_levels=num_levels, num_requests=150, num_qo_heads=8, head_dim=128,
         max_kv_len=90, max_qo_len=2, nested=nested, extra_rows=3, dtype=BF16, device=cuda,
     )  # fmt: skip
-    check_attention(run(forest, causal=True), forest, True)
+    check_attention(attend(forest, causal=True), forest, True)
 
 
 @pytest.mark.parametrize("branching,num_levels", [(2, 9), (4, 6), (32, 3)])
@@ -116,7 +106,7 @@ def test_trees_of_small_nodes(cuda: str, branching: int, num_levels: int, page_s
         [[leaves // width] * width for width in widths], [[16] * width for width in widths],
         num_qo_heads=8, head_dim=128, page_size=page_size, dtype=BF16, device=cuda,
     )  # fmt: skip
-    check_attention(run(forest), forest)
+    check_attention(attend(forest), forest)
 
 
 @pytest.mark.parametrize("dtype", [BF16, HALF])
@@ -125,7 +115,7 @@ def test_one_long_prefix(cuda: str, dtype: torch.dtype) -> None:
         [[24], [1] * 24], [[40_000], [64] * 24], num_qo_heads=32, num_kv_heads=8, head_dim=128,
         dtype=dtype, device=cuda,
     )  # fmt: skip
-    check_attention(run(forest), forest)
+    check_attention(attend(forest), forest)
 
 
 @pytest.mark.parametrize("head_dim,page_size", [(128, 16), (128, 1), (64, 16), (256, 16)])
@@ -138,7 +128,7 @@ def test_long_suffixes_of_many_requests(
         [[256], [1] * 256], [[prefix], [500 + i % 5 for i in range(256)]], num_qo_heads=8,
         num_kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=HALF, device=cuda,
     )  # fmt: skip
-    check_attention(run(forest), forest)
+    check_attention(attend(forest), forest)
 
 
 def test_one_long_request_among_short_ones(cuda: str) -> None:
@@ -149,7 +139,7 @@ def test_one_long_request_among_short_ones(cuda: str) -> None:
             [[sum(rows)], rows], [[5], lengths], num_qo_heads=8, head_dim=128, dtype=BF16,
             device=cuda,
         )  # fmt: skip
-        check_attention(run(forest, causal=True), forest, True)
+        check_attention(attend(forest, causal=True), forest, True)
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 7])
@@ -162,7 +152,7 @@ def test_groups_of_unaligned_sizes(cuda: str, group_size: int) -> None:
         [[200], lengths, [1 + i % 37 for i in range(sum(sizes))]],
         num_qo_heads=group_size, num_kv_heads=1, head_dim=128, dtype=BF16, device=cuda,
     )  # fmt: skip
-    check_attention(run(forest), forest)
+    check_attention(attend(forest), forest)
 
 
 @pytest.mark.parametrize("empty", [(0,), (2,), (0, 1), (0, 1, 2)])
@@ -173,7 +163,7 @@ def test_levels_without_kv(cuda: str, empty: tuple[int, ...]) -> None:
         [[0] * len(level) if i in empty else level for i, level in enumerate(lengths)],
         num_qo_heads=8, head_dim=128, dtype=BF16, device=cuda, extra_rows=70,
     )  # fmt: skip
-    check_attention(run(forest, causal=True), forest, True)
+    check_attention(attend(forest, causal=True), forest, True)
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
@@ -226,9 +216,9 @@ def test_caches_in_unusual_orders(cuda: str, head_dim: int) -> None:
     few = forest_of([[5]], [[16]], num_qo_heads=8, head_dim=head_dim, dtype=HALF, device=cuda)
     few.cache = few.cache[few.kv_indices[0].long()].contiguous()
     few.kv_indices[0].zero_()
-    check_attention(run(few), few)
+    check_attention(attend(few), few)
     same = few.cache.expand(7, -1, -1, -1, -1)
-    check_attention(run(few, cache=(same[:, 0], same[:, 1])), few)
+    check_attention(attend(few, cache=(same[:, 0], same[:, 1])), few)
 
 
 @pytest.mark.parametrize("page_size", [16, 1])
@@ -290,7 +280,7 @@ def test_logits_that_rise(cuda: str, head_dim: int, dtype: torch.dtype, kind: st
         }[kind]
         keys = forest.cache[pages, 0].float() * factor.view(-1, 1, 1, 1)
         forest.cache[pages, 0] = keys.to(dtype)
-        check_attention(run(forest), forest)
+        check_attention(attend(forest), forest)
 
 
 def test_large_logits(cuda: str) -> None:
@@ -300,7 +290,7 @@ def test_large_logits(cuda: str) -> None:
         dtype=FLOAT, device=cuda,
     )  # fmt: skip
     forest.q *= 50
-    out, lse = run(forest)
+    out, lse = attend(forest)
     expected, expected_lse = forest.oracle(device=cuda)
     assert relative_error(out, expected) < 2e-4  # float32 logits of a thousand: 1e-4 absolute
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-6)
@@ -313,7 +303,7 @@ def test_a_page_listed_in_many_groups(cuda: str) -> None:
     forest.kv_indices[0] = int32(*forest.kv_indices[0][:4].tolist() * 2, device=cuda)
     forest.kv_indices[1] = forest.kv_indices[0].clone()
     forest.cache.nan_to_num_()
-    check_attention(run(forest), forest)
+    check_attention(attend(forest), forest)
 
 
 @pytest.mark.parametrize("dtype,head_dim", [(HALF, 128), (BF16, 64), (FLOAT, 128)])
@@ -350,7 +340,7 @@ def test_rows_that_are_not_aligned(cuda: str) -> None:
     )  # fmt: skip
     wide = torch.full((*forest.cache.shape[:-1], 65), NAN, dtype=HALF, device=cuda)
     wide[..., :64] = forest.cache
-    check_attention(run(forest, cache=wide[..., :64]), forest)
+    check_attention(attend(forest, cache=wide[..., :64]), forest)
 
 
 @pytest.mark.parametrize("num_requests", [20, 200, 700, 1100])
@@ -382,7 +372,7 @@ def test_kv_of_half_a_tile(cuda: str, prefix: int, causal: bool, page_size: int)
             [[sum(rows)], rows], [[prefix], lengths], num_qo_heads=16, head_dim=128, dtype=HALF,
             page_size=page_size, device=cuda, extra_rows=2,
         )  # fmt: skip
-        check_attention(run(forest, causal=causal), forest, causal)
+        check_attention(attend(forest, causal=causal), forest, causal)
 
 
 @pytest.mark.parametrize("num_qo_heads", [4, 16, 320])
