@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 int32_t* schedule, int shared_words) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#else
+  if constexpr (kCtas > 1) __trap();  // of a build that has no code for the chip's clusters
 #endif
   using Block = DeviceBlock<kThreads, kCtas>;
   using Alone = DeviceBlock<kThreads, 1>;
