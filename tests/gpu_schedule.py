@@ -24,6 +24,7 @@ def plan_on_host(
     num_sms: int = 132,
     fast_bytes: int = 160 * 1024,
     packed: bool = False,
+    num_blocks: int = 1,
 ) -> Tensor:
     groups = [t.shape[0] - 1 for t in kv_indptr]
     schedule = torch.full((gpu_schedule(tuple(groups)).words,), -7, dtype=torch.int32)
@@ -38,7 +39,7 @@ def plan_on_host(
         pointers(kv_last_page_len),
         (ctypes.c_int64 * len(groups))(*groups),
         *(ctypes.c_int64(x) for x in (len(groups), num_qo_heads // num_kv_heads, num_kv_heads)),
-        *(ctypes.c_int64(x) for x in (page_size, causal, num_sms, packed, fast_bytes)),
+        *(ctypes.c_int64(x) for x in (page_size, causal, num_sms, packed, fast_bytes, num_blocks)),
         ctypes.c_void_p(schedule.data_ptr()),
     )
     return schedule

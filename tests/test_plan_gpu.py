@@ -60,6 +60,9 @@ def test_each_pair_once(
     t = checked(forest, causal, packed, num_sms=num_sms, fast_bytes=fast_bytes)
     # The planner's own arrays may lie anywhere.
     assert t == checked(forest, causal, packed, num_sms=num_sms)
+    # And a cluster shares the work out.
+    for num_blocks in (2, 5):
+        assert t == checked(forest, causal, packed, num_sms=num_sms, num_blocks=num_blocks)
 
 
 @pytest.mark.parametrize("page_size,root,suffix", [(5, 500, 70), (16, 512, 80)])
@@ -183,12 +186,14 @@ def test_any_contents_give_one_plan(seed: int) -> None:
     arrays lie."""
     arrays, heads = draw_anything(seed), HEADS[seed % len(HEADS)]
     options = {"causal": seed % 3 == 0, "packed": seed % 8 < 4}
-    first, second = (
-        plan_on_host(*arrays, *heads, 16, fast_bytes=size, **options) for size in (0, 1 << 20)
+    first, *others = (
+        plan_on_host(*arrays, *heads, 16, fast_bytes=size, num_blocks=blocks, **options)
+        for size, blocks in ((0, 1), (1 << 20, 1), (1 << 20, 3), (4000, 8))
     )
     groups = [t.shape[0] for t in arrays[2]]
     layout = gpu_schedule(tuple(groups))
-    assert torch.equal(first[: layout.work_at], second[: layout.work_at])
+    for other in others:
+        assert torch.equal(first[: layout.work_at], other[: layout.work_at])
     t = tables(first, groups)
     assert t.num_tokens == 0 or seed % 2
     assert t.num_partial_rows <= layout.partial_rows
@@ -216,9 +221,10 @@ def test_a_gpu_plans_any_contents(cuda: str, seed: int) -> None:
     check_on_gpu(draw_anything(seed), HEADS[seed % len(HEADS)], 16, seed % 3 == 0, cuda)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("seed", [1, 7, 11, 31])
-def test_a_gpu_plans_again_for_want_of_room(cuda: str, seed: int) -> None:
+CROWDED = [1, 7, 11, 31]
+
+
+def draw_crowded(seed: int) -> tuple[Arrays, tuple[int, int]]:
     """Forests whose states, as first chosen, have no room: planned two to four times on the way."""
     heads = HEADS[seed % len(HEADS)]
     forest = random_forest(
@@ -233,7 +239,23 @@ def test_a_gpu_plans_again_for_want_of_room(cuda: str, seed: int) -> None:
         num_kv_heads=heads[1],
         head_dim=1,
     )
-    arrays = forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len
+    return (forest.qo_indptr, forest.kv_indptr, forest.kv_last_page_len), heads
+
+
+@pytest.mark.parametrize("seed", CROWDED)
+def test_a_cluster_plans_again_for_want_of_room(seed: int) -> None:
+    arrays, heads = draw_crowded(seed)
+    one, three = (
+        plan_on_host(*arrays, *heads, 16, False, packed=True, num_blocks=n) for n in (1, 3)
+    )
+    groups = tuple(t.shape[0] for t in arrays[2])
+    assert torch.equal(one[: gpu_schedule(groups).work_at], three[: gpu_schedule(groups).work_at])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", CROWDED)
+def test_a_gpu_plans_again_for_want_of_room(cuda: str, seed: int) -> None:
+    arrays, heads = draw_crowded(seed)
     check_on_gpu(arrays, heads, 16, False, cuda)
 
 

@@ -1,6 +1,10 @@
-// The GPU's planner (cuda/planner.h) run by one thread on the host: what tests without a GPU
-// compare with, and plan by for kernels under an interpreter.
+// The GPU's planner (cuda/planner.h) run on the host: what tests without a GPU compare with, and
+// plan by for kernels under an interpreter. A block has one thread; a cluster's blocks run beside
+// each other, each with a memory of its own.
 #include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #include "cuda/planner.h"
@@ -8,7 +12,34 @@
 namespace flashinfer_ops::gpu {
 namespace {
 
+class Cluster {
+ public:
+  Cluster(int64_t size, int64_t words) : memories(size, std::vector<int32_t>(words)) {}
+
+  void sync() {
+    std::unique_lock<std::mutex> lock(mutex);
+    const int64_t mine = round;
+    if (++arrived == static_cast<int64_t>(memories.size())) {
+      arrived = 0;
+      ++round;
+      all_arrived.notify_all();
+    } else {
+      all_arrived.wait(lock, [&] { return round != mine; });
+    }
+  }
+
+  std::vector<std::vector<int32_t>> memories;
+  std::mutex mutex;
+
+ private:
+  std::condition_variable all_arrived;
+  int64_t arrived = 0, round = 0;
+};
+
 struct HostBlock {
+  Cluster* cluster;
+  int rank = 0;
+
   int thread() const { return 0; }
   int size() const { return 1; }
   int warp() const { return 0; }
@@ -17,24 +48,33 @@ struct HostBlock {
   int num_lanes() const { return 1; }
   void sync() {}
   void warp_sync() {}
-  // The cluster's: it is this block.
-  int cluster_thread() const { return 0; }
-  int cluster_size() const { return 1; }
-  int cluster_warp() const { return 0; }
-  int cluster_warps() const { return 1; }
-  bool is_first() const { return true; }
-  void sync_all() {}
+  // The cluster's.
+  int cluster_thread() const { return rank; }
+  int cluster_size() const { return static_cast<int>(cluster->memories.size()); }
+  int cluster_warp() const { return rank; }
+  int cluster_warps() const { return cluster_size(); }
+  bool is_first() const { return rank == 0; }
+  void sync_all() { cluster->sync(); }
   void arrive_all() {}
-  void wait_all() {}
+  void wait_all() { cluster->sync(); }
+  template <class F>
+  void for_all(int32_t* p, F f) {
+    if (cluster_size() == 1) return f(p);  // wherever that is
+    const auto at = p - cluster->memories[rank].data();
+    for (auto& memory : cluster->memories) f(memory.data() + at);
+  }
   template <class T>
   void store_all(T* p, T value) {
-    *p = value;
+    for_all(reinterpret_cast<int32_t*>(p), [&](int32_t* q) { *reinterpret_cast<T*>(q) = value; });
   }
   template <class T>
   void warp_store_all(T* p, T value) {
-    *p = value;
+    store_all(p, value);
   }
-  void raise_all(int32_t* p, int value) { raise(p, value); }
+  void raise_all(int32_t* p, int value) {
+    const std::lock_guard<std::mutex> lock(cluster->mutex);
+    for_all(p, [&](int32_t* q) { raise(q, value); });
+  }
   void stamp(int phase) {}
   template <class T>
   void add(T* p, T value) {
@@ -79,12 +119,12 @@ struct HostBlock {
 
 // Writes the schedule of `num_levels` levels of index arrays in host memory. The planner's own
 // arrays lie outside of the schedule, as in a GPU's shared memory, when `fast_bytes` are enough for
-// them.
+// them; then a cluster of `num_blocks` plans.
 extern "C" __attribute__((visibility("default"))) void flashinfer_ops_gpu_plan(
     const int32_t* const* qo_indptr, const int32_t* const* kv_indptr,
     const int32_t* const* kv_last_page_len, const int64_t* num_groups, int64_t num_levels,
     int64_t group_size, int64_t num_kv_heads, int64_t page_size, int64_t causal, int64_t num_sms,
-    int64_t packed, int64_t fast_bytes, int32_t* schedule) {
+    int64_t packed, int64_t fast_bytes, int64_t num_blocks, int32_t* schedule) {
   using namespace flashinfer_ops::gpu;
   PlanInput in{};
   for (int64_t l = 0; l < num_levels; ++l) {
@@ -103,10 +143,19 @@ extern "C" __attribute__((visibility("default"))) void flashinfer_ops_gpu_plan(
   in.costs = packed ? kPackedCosts : kPlainCosts;
   derive(in);
   const Layout layout(num_groups, num_levels);
-  std::vector<int32_t> fast(fast_bytes / 4);
-  HostBlock block{};
-  const PlainMemory outside{fast.data(), fast_bytes / 4};
-  if (!Planner<HostBlock, PlainMemory>(block, in, layout, schedule, outside).run()) {
+  Cluster cluster(num_blocks, fast_bytes / 4), alone(1, 0);
+  std::vector<char> has_room(num_blocks);
+  const auto run = [&](int rank) {
+    HostBlock block{&cluster, rank};
+    const PlainMemory outside{cluster.memories[rank].data(), fast_bytes / 4};
+    has_room[rank] = Planner<HostBlock, PlainMemory>(block, in, layout, schedule, outside).run();
+  };
+  std::vector<std::thread> others;
+  for (int rank = 1; rank < num_blocks; ++rank) others.emplace_back(run, rank);
+  run(0);
+  for (std::thread& other : others) other.join();
+  if (!has_room[0]) {
+    HostBlock block{&alone};
     const PlainMemory inside{schedule + layout.work_at, layout.words - layout.work_at};
     Planner<HostBlock, PlainMemory>(block, in, layout, schedule, inside).run();
   }
