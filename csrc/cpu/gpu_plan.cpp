@@ -144,17 +144,16 @@ extern "C" __attribute__((visibility("default"))) void flashinfer_ops_gpu_plan(
   derive(in);
   const Layout layout(num_groups, num_levels);
   Cluster cluster(num_blocks, fast_bytes / 4), alone(1, 0);
-  std::vector<char> has_room(num_blocks);
   const auto run = [&](int rank) {
     HostBlock block{&cluster, rank};
     const PlainMemory outside{cluster.memories[rank].data(), fast_bytes / 4};
-    has_room[rank] = Planner<HostBlock, PlainMemory>(block, in, layout, schedule, outside).run();
+    return Planner<HostBlock, PlainMemory>(block, in, layout, schedule, outside).run();
   };
   std::vector<std::thread> others;
   for (int rank = 1; rank < num_blocks; ++rank) others.emplace_back(run, rank);
-  run(0);
+  const bool has_room = run(0);
   for (std::thread& other : others) other.join();
-  if (!has_room[0]) {
+  if (!has_room) {
     HostBlock block{&alone};
     const PlainMemory inside{schedule + layout.work_at, layout.words - layout.work_at};
     Planner<HostBlock, PlainMemory>(block, in, layout, schedule, inside).run();

@@ -14,8 +14,9 @@
 // All of it waits for memory and for the other threads rather than for arithmetic, so steps are
 // few: warps take tiles in step 3, and what a later step needs of an earlier one is computed again
 // rather than stored where that takes a few operations. Nothing depends on the order in which
-// threads run: a plan is a function of its input. `Block` gives the threads, plan.cu's on the GPU,
-// one thread on the host for tests without a GPU; `Memory` holds the planner's own arrays.
+// threads run: a plan is a function of its input. `Block` gives the threads, planner_threads.h's
+// on the GPU, one thread on the host for tests without a GPU; `Memory` holds the planner's own
+// arrays.
 //
 // Blocks of a cluster share steps 3 and 6 out; everything else each of them does for itself, as if
 // it were alone. In step 3 what one finds goes into the arrays of all (`store_all`).
@@ -288,7 +289,7 @@ struct Planner {
     const bool has_room = load_groups() && make_tiles();
     block.wait_all();
     if (!has_room) return false;
-    block.stamp(1);
+    block.stamp(0);
     // A schedule that does not fit is made again with less in it: with fewer partial states,
     // without cutting any walk, without own pieces and granules.
     const Memory before = memory;
@@ -298,15 +299,15 @@ struct Planner {
       memory = before;
       if (attempt > 0) block.sync_all();  // all have read what was found
       if (!find_pieces(attempt < 3)) return false;
-      block.stamp(3);
+      block.stamp(2);
       choose_runs(attempt < 2 ? layout.partial_rows >> (2 * attempt) : 0);
-      block.stamp(4);
+      block.stamp(3);
       num_units = place_states();
-      block.stamp(5);
+      block.stamp(4);
       if (num_units >= 0) break;
     }
     write_units(num_units);
-    block.stamp(6);
+    block.stamp(5);
     return true;
   }
 

@@ -190,7 +190,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) {
       block.sync_all();
-      block.stamp(2);
+      block.stamp(1);
       at = sum_counts(begin);
       if (!memory.fits()) return false;
     }

@@ -214,7 +214,7 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
   if (block.thread() == 0) {
     tile_units[num_tiles] = total[0];
     own_units[num_own] = total[1];
-    if (block.is_first())
+    if (block.is_first()) {
       *table<Header>(0) = {num_tokens,
                            num_tiles,
                            tile_tokens,
@@ -224,6 +224,7 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::place_states() {
                            max_int(in.own_part, 1),
                            total[2] > 0 || total[0] != num_tiles,
                            {}};
+    }
   }
   block.sync();
   const bool fits = total[0] <= layout.matrix_units && total[1] <= layout.stream_units &&

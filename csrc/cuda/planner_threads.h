@@ -11,7 +11,7 @@
 namespace flashinfer_ops::gpu {
 
 #ifdef FLASHINFER_OPS_PLAN_CLOCKS
-constexpr int kStamps = 8;
+constexpr int kStamps = 7;
 #endif
 
 // The threads of one block of a cluster, as planner.h asks for them.
