@@ -45,6 +45,22 @@ def plan_on_host(
     return schedule
 
 
+def check_is_hosts(
+    schedule: Tensor,
+    arrays: Sequence[Sequence[Tensor]],
+    heads: tuple[int, int],
+    page_size: int,
+    causal: bool,
+) -> None:
+    """The schedule that a GPU made of these arrays, here on the CPU, is the host's."""
+    packed = torch.cuda.get_device_capability(schedule.device) == (9, 0)
+    sms = torch.cuda.get_device_properties(schedule.device).multi_processor_count
+    wanted = plan_on_host(*arrays, *heads, page_size, causal, num_sms=sms, packed=packed)
+    groups = [t.shape[0] for t in arrays[2]]
+    ctas = sms if packed else 0
+    assert tables(schedule, groups, ctas) == tables(wanted, groups, ctas)
+
+
 @dataclass
 class Tables:
     """The live part of a schedule's tables, lists of rows."""

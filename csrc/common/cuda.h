@@ -15,10 +15,25 @@ namespace flashinfer_ops {
 
 // torch's own macro for this needs symbols that a CPU-only libtorch lacks at link time.
 inline void check_cuda(cudaError_t error, const char* what) {
+  // The runtime keeps it, and whoever asks next would take it for his own.
+  if (error != cudaSuccess) cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
+
+// A launch of what `attribute` says, which must outlive it.
+inline cudaLaunchConfig_t launch_config(dim3 grid, int threads, int shared_bytes,
+                                        cudaStream_t stream, cudaLaunchAttribute* attribute) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = 1;
+  return config;
+}
 
 inline int device_attribute(cudaDeviceAttr name, int device) {
   int value = 0;

@@ -76,13 +76,7 @@ void launch(Kernel kernel, dim3 grid, int threads, int shared_bytes, cudaStream_
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  const auto config = launch_config(grid, threads, shared_bytes, stream, &attribute);
   check_cuda(cudaLaunchKernelEx(&config, kernel, params), "cascade_attention");
 }
 

@@ -7,6 +7,7 @@
 //
 // The kernel lets kernels that depend on it start at once: those that are launched so wait for its
 // end before they read the schedule.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -29,8 +30,6 @@ __global__ void __launch_bounds__(kThreads, 1)
                 int32_t* schedule, int shared_words) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
-#else
-  if constexpr (kCtas > 1) __trap();  // of a build that has no code for the chip's clusters
 #endif
   using Block = DeviceBlock<kThreads, kCtas>;
   using Alone = DeviceBlock<kThreads, 1>;
@@ -64,21 +63,34 @@ struct DeviceKind {
   int32_t num_sms;
   int32_t packed;  // for Hopper's own kernels
   int32_t shared_words;
-  bool clusters;  // has room for one
+  bool clusters;
 };
+
+// What tests allow the planner: to see that every kernel makes the same plans.
+struct Limits {
+  std::atomic<bool> clusters{true};
+  std::atomic<int32_t> shared_words{INT32_MAX};
+} limits;
 
 cudaLaunchConfig_t cluster_config(int shared_bytes, cudaStream_t stream,
                                   cudaLaunchAttribute* attribute) {
   attribute->id = cudaLaunchAttributeClusterDimension;
   attribute->val.clusterDim = {kClusterCtas, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kClusterCtas);
-  config.blockDim = dim3(kLargeThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = 1;
-  return config;
+  return launch_config(kClusterCtas, kLargeThreads, shared_bytes, stream, attribute);
+}
+
+// Whether the current device has room for the cluster, and this build has code for it.
+bool has_clusters(int device, int shared_bytes) {
+  if (device_attribute(cudaDevAttrClusterLaunch, device) == 0) return false;
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, kCluster), "cudaFuncGetAttributes");
+  if (code.ptxVersion < 90) return false;
+  cudaLaunchAttribute attribute;
+  const auto config = cluster_config(shared_bytes, nullptr, &attribute);
+  int clusters = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kCluster, &config);
+  if (error != cudaSuccess) cudaGetLastError();  // one block plans as well
+  return error == cudaSuccess && clusters > 0;
 }
 
 // Asks for the current device's kind and makes the kernels ready there.
@@ -95,14 +107,8 @@ DeviceKind prepare(int device) {
   }
   const int sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const bool packed = is_hopper(device);
-  int clusters = device_attribute(cudaDevAttrClusterLaunch, device);
-  if (clusters != 0) {
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = cluster_config(shared_bytes, nullptr, &attribute);
-    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kCluster, &config),
-               "cudaOccupancyMaxActiveClusters");
-  }
-  return {packed ? std::min(sms, kMaxCtas) : sms, packed, shared_bytes / 4, clusters > 0};
+  return {packed ? std::min(sms, kMaxCtas) : sms, packed, shared_bytes / 4,
+          has_clusters(device, shared_bytes)};
 }
 
 DeviceKind kind_of(int device) {
@@ -149,10 +155,11 @@ void launch(const PlanInput& in, const Layout& layout, int32_t* schedule, int sh
             bool clusters, cudaStream_t stream) {
   if (clusters) {
     cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = cluster_config(4 * shared_words, stream, &attribute);
-    check_cuda(cudaLaunchKernelEx(&config, kCluster, in, layout, schedule, shared_words),
-               "cascade_plan");
-    return;
+    const auto config = cluster_config(4 * shared_words, stream, &attribute);
+    if (cudaLaunchKernelEx(&config, kCluster, in, layout, schedule, shared_words) == cudaSuccess) {
+      return;
+    }
+    cudaGetLastError();  // a context may have too few of the SMs; one block plans as well
   }
   const bool small = in.first_group[in.num_levels] <= kSmallGroups;
   const PlanKernel kernel = small ? kSmall : kLarge;
@@ -215,8 +222,10 @@ void cascade_plan_out(const std::vector<Tensor>& qo_indptr, const std::vector<Te
   in.packed = kind.packed;
   in.costs = costs_of(kind.packed);
   derive(in);
-  const int words = shared_words(in, layout, kind.shared_words);
-  launch(in, layout, static_cast<int32_t*>(schedule.data_ptr()), words, kind.clusters, on.stream());
+  const int words =
+      shared_words(in, layout, std::min(kind.shared_words, limits.shared_words.load()));
+  launch(in, layout, static_cast<int32_t*>(schedule.data_ptr()), words,
+         kind.clusters && limits.clusters.load(), on.stream());
 }
 
 // cascade_plan(Tensor[] qo_indptr, Tensor[] kv_indptr, Tensor[] kv_last_page_len, int num_qo_heads,
@@ -237,6 +246,14 @@ Tensor cascade_plan(const std::vector<Tensor>& qo_indptr, const std::vector<Tens
 
 }  // namespace
 }  // namespace flashinfer_ops::gpu
+
+// From now on, for tests: whether clusters may plan, and in how much shared memory a block may.
+extern "C" __attribute__((visibility("default"))) void flashinfer_ops_limit_planner(
+    int32_t clusters, int32_t shared_words) {
+  flashinfer_ops::gpu::limits.clusters.store(clusters != 0);
+  constexpr int32_t kLeast = 128;  // which is taken without asking
+  flashinfer_ops::gpu::limits.shared_words.store(std::max(shared_words, kLeast));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(flashinfer_ops, CUDA, m) {
   m.impl("cascade_plan", TORCH_BOX(&flashinfer_ops::gpu::cascade_plan));

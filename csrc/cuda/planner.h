@@ -36,9 +36,11 @@
 #ifdef __CUDA_ARCH__
 #define FLASHINFER_OPS_ROLLED _Pragma("unroll 1")
 #define FLASHINFER_OPS_UNROLLED _Pragma("unroll")
+#define FLASHINFER_OPS_BY_FOURS _Pragma("unroll 4")
 #else
 #define FLASHINFER_OPS_ROLLED
 #define FLASHINFER_OPS_UNROLLED
+#define FLASHINFER_OPS_BY_FOURS
 #endif
 
 namespace flashinfer_ops::gpu {

@@ -138,7 +138,7 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
     const int s = at.plain + sum.plain + block.warp_rank(k == Kind::kSegment, &segment_total);
     const int o = at.own + sum.own + block.warp_rank(k == Kind::kOwn, &own_total);
     const int walk =
-        sum.tokens + block.warp_scan(k == Kind::kSegment ? walk_tokens(x) : 0, &token_total);
+        add_up(sum.tokens, block.warp_scan(k == Kind::kSegment ? walk_tokens(x) : 0, &token_total));
     if (!in.packed) {
       g = at.granules + sum.granules + block.warp_scan(granule_count, &granule_total);
     }

@@ -17,7 +17,7 @@ FLASHINFER_OPS_ANYWHERE void Planner<Block, Memory>::sum_runs(RunSums* sums, int
     const int run = run_of(longest, k);
     const float inverse = 1.0f / run;
     RunSums sum{};
-    FLASHINFER_OPS_ROLLED
+    FLASHINFER_OPS_BY_FOURS
     for (int i = block.warp(); i < n; i += block.num_warps()) {
       const Walk w = walks[i];
       // ceil(blocks / run), which a float gives up to one.
