@@ -131,6 +131,22 @@ def test_long_suffixes_of_many_requests(
     check_attention(attend(forest), forest)
 
 
+@pytest.mark.parametrize("head_dim,page_size", [(128, 16), (128, 1), (64, 16), (256, 24)])
+@pytest.mark.parametrize("qo_len", [1, 4, 16])
+def test_prefixes_walked_first_and_last(
+    cuda: str, head_dim: int, page_size: int, qo_len: int
+) -> None:
+    """16 tiles of 8 heads, for 132 SMs: every other one walks the prefix last."""
+    requests = 256 // qo_len
+    lengths = [qo_len * (48 + 17 * i % 40) for i in range(requests)]
+    forest = forest_of(
+        [[256], [qo_len] * requests], [[1100], lengths], num_qo_heads=64, num_kv_heads=8,
+        head_dim=head_dim, page_size=page_size, dtype=HALF, device=cuda,
+    )  # fmt: skip
+    causal = qo_len > 1
+    check_attention(attend(forest, causal=causal), forest, causal)
+
+
 def test_one_long_request_among_short_ones(cuda: str) -> None:
     lengths = [(37 * i) % 200 + 1 for i in range(100)]
     lengths[41] = 60_001

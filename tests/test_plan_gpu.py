@@ -86,6 +86,58 @@ def test_packed_blocks_hold_ends_and_heads_of_segments(
     assert [s[7] for s in plain.segments] == [0, *range(512, 512 + 8 * 128, 128)]
 
 
+def order_of_levels(
+    prefix: int,
+    suffix: int,
+    qo_len: int = 1,
+    page_size: int = 16,
+    num_kv_heads: int = 1,
+    num_sms: int = 4,
+    causal: bool = False,
+) -> list[list[int]]:
+    """Of 4 tiles of 16 query tokens: the levels of their walks' segments."""
+    requests = 64 // qo_len
+    forest = forest_of(
+        [[64], [qo_len] * requests], [[prefix], [suffix] * requests], head_dim=1,
+        num_qo_heads=8 * num_kv_heads, num_kv_heads=num_kv_heads, page_size=page_size,
+    )  # fmt: skip
+    t = checked(forest, causal, packed=True, num_sms=num_sms)
+    assert t == checked(forest, causal, packed=True, num_sms=num_sms, num_blocks=3)
+    assert t.num_tiles == 4
+    walks = []
+    for tile in t.tiles:
+        units = [u for u in t.matrix_units if u[0] == tile[0]]
+        walks.append([s[0] for s in t.segments[units[0][5] : units[-1][6]]])
+    return walks
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 24])
+@pytest.mark.parametrize("qo_len, suffix", [(1, 48), (1, 61), (4, 200), (16, 800)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_other_tile_walks_last_what_all_share(
+    page_size: int, qo_len: int, suffix: int, causal: bool
+) -> None:
+    walks = order_of_levels(1024, suffix, qo_len=qo_len, page_size=page_size, causal=causal)
+    own = [1] * (16 // qo_len)
+    assert walks == [[0, *own], [*own, 0]] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefix": 1000},  # a short one
+        {"suffix": 32},  # little else
+        {"prefix": 8192},  # less than a fifth
+        {"prefix": 4112, "suffix": 80, "num_kv_heads": 16, "num_sms": 64},  # more than is cached
+        {"num_sms": 132},  # walks that are cut, or that leave SMs without work
+        {"num_sms": 3},
+    ],
+)
+def test_what_all_share_comes_first(options: dict[str, int]) -> None:
+    walks = order_of_levels(**{"prefix": 1024, "suffix": 50, **options})
+    assert all(walk == [0] + [1] * 16 for walk in walks)
+
+
 def test_own_pieces_are_one_unit_of_rows() -> None:
     """16 query tokens with 4 heads a KV head: 64 packed rows, which one stream unit has."""
     forest = forest_of([[64], [16] * 4], [[3000], [2000] * 4], num_qo_heads=4, num_kv_heads=1)
@@ -125,6 +177,19 @@ def test_the_longest_tile_is_no_longer_than_a_tile() -> None:
     """So many groups that the capacity allows tiles of several tokens, though none has more."""
     forest = forest_of([[1] * 600], [[20] * 600], num_qo_heads=128, num_kv_heads=1, head_dim=8)
     assert checked(forest, packed=True).tile_tokens == 1
+
+
+@pytest.mark.parametrize("num_tokens, tokens, tiles", [(8000, 32, 250), (8200, 64, 129)])
+@pytest.mark.parametrize("requests", [1, 2])
+def test_tiles_of_more_than_128_packed_rows_have_a_multiple(
+    num_tokens: int, tokens: int, tiles: int, requests: int
+) -> None:
+    rows = int32(0, num_tokens) if requests == 1 else int32(0, num_tokens // 2, num_tokens)
+    pages = torch.arange(requests + 1, dtype=torch.int32)
+    arrays = [rows], [pages], [torch.full((requests,), 16, dtype=torch.int32)]
+    schedule = plan_on_host(*arrays, 4, 1, 16, True, packed=True)
+    t = tables(schedule, [requests])
+    assert t.tile_tokens <= tokens and t.num_tiles in (tiles, tiles + requests - 1)
 
 
 @pytest.mark.parametrize("packed", [False, True])

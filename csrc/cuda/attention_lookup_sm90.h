@@ -205,10 +205,10 @@ class Cursor {
     if (pairs_) {
       if (!kBulk) {
         block.flags |= unseen(tokens, split_, block);
-      } else if (!several) {
-        // Where pages are large, blocks of several segments are seldom seen by few rows.
+      } else {
         const Split split = split_of(params_, item_, tokens);
-        block.flags |= unseen(tokens, split, its.row_begin, its.row_end);
+        block.flags |= several ? unseen(tokens, split, block)
+                               : unseen(tokens, split, its.row_begin, its.row_end);
       }
     }
     const bool has_runs = params_.even_pages && (position_ - its.walk) % kRun == 0;

@@ -73,6 +73,11 @@ constexpr int kTileRows = 128;     // packed rows
 constexpr int kAlignRows = 96;     // tiles are aligned to a level of this many rows a group
 constexpr int kMoreRounds = 4;     // of matrix units that are tried, from the fewest on
 constexpr int kGatherTokens = 48;  // a piece up to this long is walked as granules
+// Of tiles that walk their first piece last: tokens that it has at least, and the others; tokens of
+// it that may be walked at a time, over all heads, as they stay in the L2 cache.
+constexpr int kLastTokens = 1024;
+constexpr int kOtherTokens = 768;
+constexpr int kCachedTokens = 65536;
 
 // Bounds that keep all sums within 32 bits; the launcher refuses more groups.
 constexpr int kMaxGroups = 1 << 19;
@@ -340,8 +345,10 @@ struct Planner {
   FLASHINFER_OPS_ANYWHERE bool nested(const Piece& x) const;
   FLASHINFER_OPS_ANYWHERE Kind kind(const Piece& x, bool all_kinds) const;
   FLASHINFER_OPS_ANYWHERE int walk_tokens(const Piece& x) const;
+  FLASHINFER_OPS_ANYWHERE bool may_come_last() const;
+  FLASHINFER_OPS_ANYWHERE bool comes_last(const Piece& x) const;
   FLASHINFER_OPS_ANYWHERE Counts visit_tile(int tile, const Counts& at, bool all_kinds, bool write,
-                                            Visited& last, bool is_known);
+                                            bool may_move, Visited& last, bool is_known);
   FLASHINFER_OPS_ANYWHERE bool find_pieces(bool all_kinds);
   FLASHINFER_OPS_ANYWHERE Counts sum_counts(int tile);
 

@@ -111,17 +111,42 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::walk_tokens(const Piece& x) 
   return (x.kv_end + step - 1) & -step;  // a power of two
 }
 
+// Whether first pieces may come last in their tiles' walks: where the tiles keep the SMs busy as
+// they are, so that their walks will not be cut.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::may_come_last() const {
+  const float items = product(num_tiles, static_cast<float>(in.num_kv_heads));
+  const float rounds = min_float(product(items, in.inverse_sms), 1e6f);
+  const float whole = static_cast<float>(static_cast<int>(rounds + 0.9999f));
+  return in.packed && tile_class == 0 && num_own == 0 && rounds >= product(0.85f, whole);
+}
+
+// Whether such a piece of a tile does. One that other tiles walk too comes from the L2 cache and
+// has much to compute; what only few rows see comes from memory. Every other tile begins with the
+// latter, or all SMs would compute at the same time, and then all read.
+template <class Block, class Memory>
+FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::comes_last(const Piece& x) const {
+  const int32_t* rows = level_rows(x.level) + x.group;
+  const int begin = tile_row[x.tile], end = tile_row[x.tile + 1];
+  const int tokens = tile_counts[x.tile].tokens, others = tokens - x.kv_end;
+  const int heads = min_int(in.num_kv_heads, ceil_div(in.num_sms, num_tiles));
+  return x.kv_end >= kLastTokens && x.diagonal == kNoDiagonal && rows[0] <= begin &&
+         rows[1] >= end && rows[1] - rows[0] > end - begin &&
+         others >= max_int(kOtherTokens, tokens / 5) && x.kv_end <= divide(kCachedTokens, heads);
+}
+
 // One pass over a tile's pieces, whose counts it returns. `at` counts those of the tiles before.
 // Where a lane has one piece at most, and went over it last, it is known.
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, const Counts& at,
                                                                   bool all_kinds, bool write,
-                                                                  Visited& last, bool is_known) {
+                                                                  bool may_move, Visited& last,
+                                                                  bool is_known) {
   auto* segments = table<Segment>(layout.segment_at);
   auto* granules = table<Segment>(layout.granule_at);
   const int pieces = entry_piece[tile * (in.num_levels + 1) + in.num_levels];
   Counts sum{};
-  int own_levels = 0;
+  int own_levels = 0, moved = 0;  // tokens of the walk that come last instead of first
   FLASHINFER_OPS_ROLLED
   for (int base = 0; base < pieces; base += block.num_lanes()) {
     if (!is_known || pieces > block.num_lanes()) {
@@ -133,6 +158,11 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
     }
     const Piece& x = last.piece;
     const Kind k = last.kind;
+    const bool is_first = base + block.lane() == 0;
+    if (may_move && base == 0 && tile % 2 == 1) {
+      const bool moves = is_first && k == Kind::kSegment && comes_last(x);
+      moved = block.warp_max(moves ? walk_tokens(x) : 0);
+    }
     const int granule_count = k == Kind::kGranules ? ceil_div(x.kv_end, kGranule) : 0;
     int segment_total, own_total, token_total, granule_total = 0, g = 0;
     const int s = at.plain + sum.plain + block.warp_rank(k == Kind::kSegment, &segment_total);
@@ -157,8 +187,13 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
     }
     Segment segment{x.level, first_page(x), 0, x.kv_end, x.row_begin, x.row_end, x.diagonal, walk};
     if (k == Kind::kSegment) {
-      segments[s] = segment;
-      block.store_all(segment_walk + s, walk);
+      int place = s;
+      if (moved > 0) {
+        place = is_first ? at.plain + tile_counts[tile].plain - 1 : s - 1;
+        segment.walk = (is_first ? tile_counts[tile].tokens : walk) - moved;
+      }
+      segments[place] = segment;
+      block.store_all(segment_walk + place, segment.walk);
     }
     segment.walk = 0;
     FLASHINFER_OPS_ROLLED
@@ -186,6 +221,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
   find_levels(begin, end);
   Counts at{};
   Visited last{};
+  bool may_move = false;
   FLASHINFER_OPS_ROLLED
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) {
@@ -193,11 +229,12 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
       block.stamp(1);
       at = sum_counts(begin);
       if (!memory.fits()) return false;
+      may_move = may_come_last();
     }
     FLASHINFER_OPS_ROLLED
     for (int tile = begin; tile < end; ++tile) {
       const bool is_known = pass == 1 && end - begin == 1;
-      const Counts c = visit_tile(tile, at, all_kinds, pass == 1, last, is_known);
+      const Counts c = visit_tile(tile, at, all_kinds, pass == 1, may_move, last, is_known);
       if (pass == 1) {
         block.warp_store_all(tile_first + tile, at);
         at = {at.plain + c.plain, at.granules + c.granules, at.own + c.own, 0};

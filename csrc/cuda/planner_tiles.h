@@ -80,9 +80,10 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::border(int i) const {
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::make_tiles() {
   const int intervals = align_level < 0 ? 1 : num_groups(align_level) + 2;
-  // So many that their number, with one more for each interval, stays within the capacity.
+  // So many tokens that the number of tiles, with one more for each interval, stays within the
+  // capacity; whole parts, as one that is nearly empty takes as long as a full one.
   const int most = static_cast<int>(layout.tiles) - intervals;
-  const int wanted = num_tokens <= most * in.tile_part ? in.tile_part : ceil_div(num_tokens, most);
+  const int wanted = in.tile_part * max_int(ceil_div(num_tokens, most * in.tile_part), 1);
   int32_t* interval_tile = memory.ints(intervals + 1);  // the first of its tiles
   if (!memory.fits()) return false;
   if (align_level < 0) {
