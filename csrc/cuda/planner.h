@@ -345,10 +345,10 @@ struct Planner {
   FLASHINFER_OPS_ANYWHERE bool nested(const Piece& x) const;
   FLASHINFER_OPS_ANYWHERE Kind kind(const Piece& x, bool all_kinds) const;
   FLASHINFER_OPS_ANYWHERE int walk_tokens(const Piece& x) const;
-  FLASHINFER_OPS_ANYWHERE bool may_come_last() const;
-  FLASHINFER_OPS_ANYWHERE bool comes_last(const Piece& x) const;
+  FLASHINFER_OPS_ANYWHERE int most_last_tokens() const;
+  FLASHINFER_OPS_ANYWHERE bool comes_last(const Piece& x, int most) const;
   FLASHINFER_OPS_ANYWHERE Counts visit_tile(int tile, const Counts& at, bool all_kinds, bool write,
-                                            bool may_move, Visited& last, bool is_known);
+                                            int most_last, Visited& last, bool is_known);
   FLASHINFER_OPS_ANYWHERE bool find_pieces(bool all_kinds);
   FLASHINFER_OPS_ANYWHERE Counts sum_counts(int tile);
 

@@ -111,28 +111,29 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::walk_tokens(const Piece& x) 
   return (x.kv_end + step - 1) & -step;  // a power of two
 }
 
-// Whether first pieces may come last in their tiles' walks: where the tiles keep the SMs busy as
-// they are, so that their walks will not be cut.
+// The most tokens of a first piece that may come last in its tile's walk; 0 where none may, as the
+// tiles do not keep the SMs busy as they are, so that their walks are likely to be cut.
 template <class Block, class Memory>
-FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::may_come_last() const {
+FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::most_last_tokens() const {
+  if (!in.packed || tile_class != 0 || num_own != 0) return 0;
   const float items = product(num_tiles, static_cast<float>(in.num_kv_heads));
   const float rounds = min_float(product(items, in.inverse_sms), 1e6f);
   const float whole = static_cast<float>(static_cast<int>(rounds + 0.9999f));
-  return in.packed && tile_class == 0 && num_own == 0 && rounds >= product(0.85f, whole);
+  if (rounds < product(0.85f, whole)) return 0;
+  return divide(kCachedTokens, min_int(in.num_kv_heads, ceil_div(in.num_sms, num_tiles)));
 }
 
-// Whether such a piece of a tile does. One that other tiles walk too comes from the L2 cache and
-// has much to compute; what only few rows see comes from memory. Every other tile begins with the
-// latter, or all SMs would compute at the same time, and then all read.
+// Whether it does. What other tiles walk too comes from the L2 cache and has much to compute; what
+// only few rows see comes from memory. Every other tile begins with the latter, or all SMs would
+// compute at the same time, and then all read.
 template <class Block, class Memory>
-FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::comes_last(const Piece& x) const {
+FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::comes_last(const Piece& x, int most) const {
+  if (x.kv_end < kLastTokens || x.kv_end > most || x.diagonal != kNoDiagonal) return false;
   const int32_t* rows = level_rows(x.level) + x.group;
   const int begin = tile_row[x.tile], end = tile_row[x.tile + 1];
   const int tokens = tile_counts[x.tile].tokens, others = tokens - x.kv_end;
-  const int heads = min_int(in.num_kv_heads, ceil_div(in.num_sms, num_tiles));
-  return x.kv_end >= kLastTokens && x.diagonal == kNoDiagonal && rows[0] <= begin &&
-         rows[1] >= end && rows[1] - rows[0] > end - begin &&
-         others >= max_int(kOtherTokens, tokens / 5) && x.kv_end <= divide(kCachedTokens, heads);
+  return rows[0] <= begin && rows[1] >= end && rows[1] - rows[0] > end - begin &&
+         others >= max_int(kOtherTokens, tokens / 5);
 }
 
 // One pass over a tile's pieces, whose counts it returns. `at` counts those of the tiles before.
@@ -140,7 +141,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::comes_last(const Piece& x) 
 template <class Block, class Memory>
 FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, const Counts& at,
                                                                   bool all_kinds, bool write,
-                                                                  bool may_move, Visited& last,
+                                                                  int most_last, Visited& last,
                                                                   bool is_known) {
   auto* segments = table<Segment>(layout.segment_at);
   auto* granules = table<Segment>(layout.granule_at);
@@ -159,8 +160,8 @@ FLASHINFER_OPS_ANYWHERE Counts Planner<Block, Memory>::visit_tile(int tile, cons
     const Piece& x = last.piece;
     const Kind k = last.kind;
     const bool is_first = base + block.lane() == 0;
-    if (may_move && base == 0 && tile % 2 == 1) {
-      const bool moves = is_first && k == Kind::kSegment && comes_last(x);
+    if (most_last > 0 && base == 0 && tile % 2 == 1) {
+      const bool moves = is_first && k == Kind::kSegment && comes_last(x, most_last);
       moved = block.warp_max(moves ? walk_tokens(x) : 0);
     }
     const int granule_count = k == Kind::kGranules ? ceil_div(x.kv_end, kGranule) : 0;
@@ -221,7 +222,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
   find_levels(begin, end);
   Counts at{};
   Visited last{};
-  bool may_move = false;
+  int most_last = 0;
   FLASHINFER_OPS_ROLLED
   for (int pass = 0; pass < 2; ++pass) {
     if (pass == 1) {
@@ -229,12 +230,12 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::find_pieces(bool all_kinds)
       block.stamp(1);
       at = sum_counts(begin);
       if (!memory.fits()) return false;
-      may_move = may_come_last();
+      most_last = most_last_tokens();
     }
     FLASHINFER_OPS_ROLLED
     for (int tile = begin; tile < end; ++tile) {
       const bool is_known = pass == 1 && end - begin == 1;
-      const Counts c = visit_tile(tile, at, all_kinds, pass == 1, may_move, last, is_known);
+      const Counts c = visit_tile(tile, at, all_kinds, pass == 1, most_last, last, is_known);
       if (pass == 1) {
         block.warp_store_all(tile_first + tile, at);
         at = {at.plain + c.plain, at.granules + c.granules, at.own + c.own, 0};
