@@ -73,11 +73,14 @@ constexpr int kTileRows = 128;     // packed rows
 constexpr int kAlignRows = 96;     // tiles are aligned to a level of this many rows a group
 constexpr int kMoreRounds = 4;     // of matrix units that are tried, from the fewest on
 constexpr int kGatherTokens = 48;  // a piece up to this long is walked as granules
-// Of tiles that walk their first piece last: tokens that it has at least, and the others; tokens of
-// it that may be walked at a time, over all heads, as they stay in the L2 cache.
+// Of tiles that walk their first piece last: tokens that it has at least, and the others, which are
+// one of so many parts of the walk or more; tokens of it that may be walked at a time, over all
+// heads, as they stay in the L2 cache; how much of the SMs' rounds the tiles fill.
 constexpr int kLastTokens = 1024;
 constexpr int kOtherTokens = 768;
+constexpr int kOtherPart = 5;
 constexpr int kCachedTokens = 65536;
+constexpr float kFilledRounds = 0.85f;
 
 // Bounds that keep all sums within 32 bits; the launcher refuses more groups.
 constexpr int kMaxGroups = 1 << 19;

@@ -119,7 +119,7 @@ FLASHINFER_OPS_ANYWHERE int Planner<Block, Memory>::most_last_tokens() const {
   const float items = product(num_tiles, static_cast<float>(in.num_kv_heads));
   const float rounds = min_float(product(items, in.inverse_sms), 1e6f);
   const float whole = static_cast<float>(static_cast<int>(rounds + 0.9999f));
-  if (rounds < product(0.85f, whole)) return 0;
+  if (rounds < product(kFilledRounds, whole)) return 0;
   return divide(kCachedTokens, min_int(in.num_kv_heads, ceil_div(in.num_sms, num_tiles)));
 }
 
@@ -133,7 +133,7 @@ FLASHINFER_OPS_ANYWHERE bool Planner<Block, Memory>::comes_last(const Piece& x, 
   const int begin = tile_row[x.tile], end = tile_row[x.tile + 1];
   const int tokens = tile_counts[x.tile].tokens, others = tokens - x.kv_end;
   return rows[0] <= begin && rows[1] >= end && rows[1] - rows[0] > end - begin &&
-         others >= max_int(kOtherTokens, tokens / 5);
+         others >= max_int(kOtherTokens, tokens / kOtherPart);
 }
 
 // One pass over a tile's pieces, whose counts it returns. `at` counts those of the tiles before.
